@@ -1,0 +1,557 @@
+"""What mose.py promises: the method's specification, to be run, or read from top to bottom.
+
+Each test's name is a claim. Where a claim rests on a guard in the code, the test runs twice, as
+[guarded] and as [control]: there the guard is off, and the very same check has to fail. The bases
+are tiny, random and made here, so no network, no GPU and less than a minute is needed:
+
+    pip install pytest && pytest test_mose.py
+"""
+
+import contextlib
+import copy
+import itertools
+import math
+import pickle
+import zlib
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mose import MoSE, MoSEConfig, SubExperts, decode, encode, straight_through, top_k_mask
+
+KINDS = {  # of attention: a base that has it, and its targets
+    "multi-head": ("llama", ("q_proj", "v_proj")),
+    "grouped": ("llama", ("q_proj", "k_proj", "v_proj", "o_proj")),  # grouped-query
+    "fused": ("gpt_neox", ("query_key_value",)),
+    "conv1d": ("gpt2", ("c_attn",)),  # GPT-2 has a linear layer of its own, transposed
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_modes = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "modern"])
+both_pools = pytest.mark.parametrize("isolate", [True, False], ids=["isolated", "shared"])
+
+
+@pytest.fixture(params=[True, False], ids=["guarded", "control"])
+def guard(request):
+    return request.param
+
+
+def tiny(kind="multi-head", dtype=torch.float32):
+    """A random base, the same at every call. Its weights are large, so that attention matters."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2 if kind == "grouped" else 4}
+    other = {"initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(KINDS[kind][0], **size, **heads, **other)
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def attach(kind="multi-head", dtype=torch.float32, **config):
+    return MoSE(tiny(kind, dtype), MoSEConfig(targets=KINDS[kind][1], **config))
+
+
+def data(name, size=4, length=8):
+    """Prompts (size, length) of a task: 8 tokens that tasks with another last letter don't use."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randint(8, (size, length), generator=generator) + 8 * (ord(name[-1]) % 8)
+
+
+def adam(mose):
+    """An optimizer for all tasks: it holds what `trainable_parameters` gives in any of them."""
+    own = torch.nn.ModuleList(mose.layers).parameters()
+    return torch.optim.AdamW(own, lr=0.03, weight_decay=0.1)
+
+
+def step(model, optimizer, ids, factor=1.0):
+    """The loop that is hardest on what has to stay: gradients become 0, not None, so momentum and
+    weight decay go on moving all that the optimizer holds."""
+    loss = model(input_ids=ids, labels=ids).loss
+    optimizer.zero_grad(set_to_none=False)
+    (factor * loss).backward()
+    optimizer.step()
+    return loss.item()
+
+
+def learn(mose, *names, steps=3, optimizer=None, falls=None, end=True):
+    """Tasks from begin to end; `falls` gets how far the loss of each fell."""
+    for name in names:
+        mose.begin_task(name)
+        mose.observe(data(name, 64))
+        own = optimizer or adam(mose)
+        losses = [step(mose.model, own, data(name)) for _ in range(steps)]
+        falls is None or falls.append(losses[0] - losses[-1])
+        mose.end_task() if end else None
+    return mose
+
+
+@torch.no_grad()
+def snapshot(mose, *tasks, ids=data("a")):
+    """Logits (tasks, B, T, V)."""
+    logits = []
+    for task in tasks:
+        with mose.task(task):
+            logits.append(mose.model(ids).logits)
+    return torch.stack(logits)
+
+
+def reloaded(mose, path, *base):
+    mose.save(path)
+    return MoSE.load(tiny(*base), path)
+
+
+def refuses(says, call, *args):
+    with pytest.raises(ValueError, match=says):
+        call(*args)
+
+
+def checkpoint(model, reentrant):
+    """Gradient checkpointing; its old mode needs an input with a gradient, as with any adapter."""
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+# ------------------------------------------------------------------------------ masks
+
+
+def test_a_mask_has_exactly_k_entries_though_all_scores_tie():
+    score = torch.full((100,), 0.5)
+    assert all(top_k_mask(score, k).sum() == k for k in range(101))
+    assert (score >= score.topk(3).values[-1]).all()  # control: a threshold keeps them all
+
+
+def test_the_gradient_is_that_of_equation_3_at_mask_1():
+    (weight, score, frozen, grad), (used, mask) = torch.randn(4, 200), torch.rand(2, 200) < 0.5
+    weight, score, one = (x.requires_grad_() for x in (weight, score, torch.ones(200)))
+    pool, value = straight_through(weight, score, frozen, used, mask), frozen.where(used, weight)
+    assert torch.equal(pool, mask * value)
+    ours = torch.stack(torch.autograd.grad(pool, (weight, score), grad))
+    assert torch.equal(ours, torch.stack(torch.autograd.grad(one * value, (weight, one), grad)))
+    assert ours[0, ~mask & ~used].all() and not ours[0, used].any()
+
+
+def to_score_only(weight, score, frozen, used, mask):
+    """The straight-through of Winning SubNetworks: only entries in the mask learn a value."""
+    value = frozen.where(used, weight)
+    return value * mask + value.detach() * (score - score.detach())
+
+
+def test_entries_of_b_outside_the_mask_can_win_a_place(guard, monkeypatch):
+    # Off: B starts at 0, where the gradient of its scores is 0, and stays there.
+    guard or monkeypatch.setattr("mose.straight_through", to_score_only)
+    mose = learn(attach(), "a", steps=0, end=False)
+    layer, optimizer = mose.layers[0], adam(mose)
+    outside = ~layer.select() & (layer.bound == 0)
+    step(mose.model, optimizer, data("a")), step(mose.model, optimizer, data("a"))
+    assert layer.score.grad[outside].any() == guard
+
+
+def test_coding_a_mask_loses_nothing():
+    for density, length in itertools.product((0, 0.001, 0.03, 0.5, 1), (1, 255, 256, 511, 3000)):
+        mask = torch.rand(length) < density
+        assert torch.equal(decode(encode(mask)), mask)
+
+
+def test_a_coded_mask_comes_near_its_entropy():
+    mask, p = torch.randperm(100_000) < 3_000, 0.03
+    entropy = -len(mask) * (p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8  # bytes
+    assert len(encode(mask)) < 1.06 * entropy
+    bits = bytes((mask.view(-1, 8) * 2 ** torch.arange(8)).sum(1).tolist())
+    assert len(zlib.compress(bits, 9)) > 1.2 * entropy  # control: zlib on the bits themselves
+
+
+# ------------------------------------------------------------------------------ router, experts
+
+
+class Slow(SubExperts):
+    """Equations (1) to (3) as they stand: example by example, token by token, expert by expert."""
+
+    def route(self, attention, args, kwargs):
+        self.x = args[0] if args else kwargs["hidden_states"]
+
+    def add_delta(self, i, linear, args, out):
+        E, K = self.config.num_experts, self.config.top_k or self.config.num_experts
+        pool = self.select() * self.frozen.where(self.used, self.weight)
+        A, B = pool.view(-1, E, self.config.rank).split(self.rows)[2 * i : 2 * i + 2]
+        x, delta = args[0] if self.mistake == "own input" else self.x, torch.zeros_like(out)
+        for b, t in itertools.product(*map(range, out.shape[:2])):
+            odds = [math.exp(row @ self.projection.T @ x[b, t]) for row in self.router]
+            best = sorted(range(E), key=lambda e: odds[e])[-K:]
+            total = sum(odds[e] for e in (best if self.mistake == "sum to 1" else range(E)))
+            for e in best:
+                delta[b, t] += odds[e] / total * B[:, e] @ A[:, e].T @ args[0][b, t]
+        return out + self.config.scale * delta
+
+
+# Controls: gates that o_proj makes from its own input, and gates that are scaled to sum to 1.
+@pytest.mark.parametrize("kind, top_k, mistake", [
+    *itertools.product(KINDS, (None, 1, 2), (None,)),
+    ("grouped", 2, "own input"), ("grouped", 2, "sum to 1")])
+def test_the_fast_path_equals_a_loop_over_tokens_and_experts(kind, top_k, mistake, monkeypatch):
+    config = {"num_experts": 3, "rank": 2, "top_k": top_k, "density": 0.5, "scale": 1.0}
+    mose = learn(learn(attach(kind, **config), "a"), "b", end=False)
+    assert (mose.layers[0].select() & mose.layers[0].used).any()  # "b" reads entries of "a"
+    monkeypatch.setattr("mose.SubExperts", Slow)
+    slow = attach(kind, **config)
+    for theirs, ours in zip(slow.layers, mose.layers):
+        vars(theirs).update(vars(ours), mistake=mistake)
+    logits = snapshot(mose, "b", ids=data("b", 2)), snapshot(slow, None, ids=data("b", 2))
+    assert torch.allclose(*logits, atol=1e-5) == (mistake is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_and_experts_are_fp32_on_a_half_precision_base(dtype):
+    mose = learn(attach(dtype=dtype), "a", end=False)
+    logits, gates = mose.model(data("a")).logits, mose.layers[0].gates
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in mose.trainable_parameters())
+    assert logits.dtype == dtype and (gates.sum(-1) - 1).abs().max() < 1e-6
+    assert (gates.to(dtype).float().sum(-1) - 1).abs().max() > 1e-5  # control: rounded gates
+
+
+# ------------------------------------------------------------------------------ the life of a task
+
+
+@every_kind
+def test_a_new_task_starts_as_the_bare_base_and_may_end_as_such(kind, guard, monkeypatch):
+    mose, base = attach(kind, density=0.5), tiny(kind)(data("a")).logits[None]
+    for name in "abc":
+        mose.begin_task(name)
+        start, report = snapshot(mose, name), mose.end_task()  # after zero steps
+        assert torch.equal(start, base) == (guard or name == "a")
+        assert torch.equal(start, snapshot(mose, name)) and report == mose.capacity()[name]
+        learn(mose, f"more {name}")
+        # Off: straight-through has moved free entries that were in no mask.
+        guard or monkeypatch.setattr(SubExperts, "redraw", lambda layer: None)
+
+
+def test_training_means_that_a_task_is_open_not_model_training():
+    mose = learn(attach(), "a", end=False)  # the model is in eval mode, and then in the other
+    logits = mose.model(data("a")).logits
+    mose.end_task()
+    after = mose.model.train()(data("a")).logits
+    assert logits.requires_grad and not after.requires_grad and torch.equal(logits, after)
+
+
+def share_of_all(layer, redraw=SubExperts.redraw):
+    redraw(layer)
+    layer.num_new = min(int(layer.config.density * len(layer.used)), int((~layer.used).sum()))
+
+
+def test_the_hundredth_task_still_learns_while_tasks_take_ever_fewer_entries(guard, monkeypatch):
+    # Off: nothing is left after 34 tasks.
+    guard or monkeypatch.setattr(SubExperts, "redraw", share_of_all)
+    falls, count = [], 100 if guard else 36
+    mose = learn(attach(), *map(str, range(count)), steps=6, falls=falls)
+    new = [entry["new"] for entry in mose.capacity().values()]
+    assert new == sorted(new, reverse=True) and sum(new) <= sum(mose.sizes)  # the share is concave
+    assert (falls[-1] >= falls[0] / 2 > 0.3) == (0 < new[-1] < new[0] / 10) == guard
+
+
+def test_which_task_is_in_force(tmp_path):
+    mose = learn(attach(), *"abc")
+    with pytest.raises(KeyError), mose.task("a"):
+        with mose.disabled():
+            assert mose.active is None
+        assert mose.active == "a"
+        raise KeyError
+    mose.forget("a")
+    assert mose.active == "c"  # the last to end; neither the error nor the loss of "a" changed it
+    for active in ("c", ["b", None]):
+        mose.set_task(active)
+        mose.forget(active[0])
+        assert mose.active is None and not mose.layers[0].on
+    learn(mose, "a")  # its name was free again
+    assert reloaded(mose, tmp_path / "m").active is None
+
+
+@pytest.mark.parametrize("says, call", [
+    ("is open: call begin_task", MoSE.end_task), ("call begin_task", MoSE.trainable_parameters),
+    ("no task is open: call begin_task", lambda mose: mose.observe(data("a"))),
+    (r"unknown task 'z'.*\['a', 'b'\]", lambda mose: mose.set_task("z")),
+    (r"unknown task 'z'.*\['a', 'b'\]", lambda mose: mose.set_task(["a", "z"])),
+    (r"'a': expected a task not in \['a', 'b'\]", lambda mose: mose.begin_task("a")),
+    (r"open is 'c': call end_task\(\)", lambda mose: [mose.begin_task(name) for name in "cd"]),
+    (r"'z'.*one of \['a', 'b'\]", lambda mose: mose.forget("z")),
+    (r"'a': expected one of \['c'\]", lambda mose: (mose.begin_task("c"), mose.forget("a"))),
+    (r"a key: \['b'\]; observe", lambda mose: (mose.keys.forget("b"), mose.infer_task(data("a")))),
+    (r"attached .* already: call its detach", lambda mose: MoSE(mose.model)),
+    ("got 2 tasks for a batch of 3", lambda mose: snapshot(mose, ["a", "b"], ids=data("a", 3))),
+    (r"matches \['c'\]; .*'v_proj'", lambda _: MoSE(tiny(), MoSEConfig(targets=("q_proj", "c")))),
+    (r"offloaded \(meta device\)", lambda _: MoSE(tiny().to("meta"))),
+])
+def test_a_mistake_is_answered_by_what_to_do_and_harms_no_task(says, call):
+    mose = learn(attach(), "a", "b")
+    before = snapshot(mose, "a", "b")
+    refuses(says, call, mose)
+    assert torch.equal(snapshot(mose, "a", "b"), before)
+
+
+def test_a_loss_of_nan_costs_only_the_open_task():
+    mose = learn(attach(), "a", "b")
+    before, start = snapshot(mose, "a", "b"), snapshot(mose, None)
+    mose.begin_task("c")
+    step(mose.model, adam(mose), data("c"), factor=math.nan)
+    refuses(r"'c' is not finite: forget\(\)", mose.end_task)
+    mose.forget("c")
+    assert torch.equal(snapshot(mose, "a", "b"), before)
+    mose.begin_task("c")
+    assert torch.equal(snapshot(mose, "c"), start)  # as if nothing had been
+
+
+# ------------------------------------------------------------------------------ never forgets
+
+
+@both_modes
+def test_a_finished_task_never_changes(guard, reentrant, tmp_path):
+    """Not by one AdamW for all tasks, weight decay, checkpointing, a bf16 base, the loss of another
+    task and a new process. The control is isolate=False."""
+    base = ("grouped", torch.bfloat16)
+    mose = attach(*base, isolate=guard)
+    checkpoint(mose.model, reentrant)
+    optimizer, logits = adam(mose), {}
+    for name in "abc":
+        logits[name] = snapshot(learn(mose, name, optimizer=optimizer), name)
+    guard and mose.forget("b")  # a shared pool can't tell tasks apart
+    mose, momentum = reloaded(mose, tmp_path / "m", *base), optimizer.state_dict()
+    checkpoint(mose.model, reentrant)
+    optimizer = adam(mose)
+    optimizer.load_state_dict(momentum)
+    learn(mose, "d", "e", optimizer=optimizer)
+    assert [torch.equal(snapshot(mose, name), logits[name]) for name in "ac"] == [guard] * 2
+
+
+def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
+    mose = attach()
+    layer, optimizer = mose.layers[0], adam(mose)
+    learn(mose, "a", optimizer=optimizer).begin_task("b")
+    before = copy.deepcopy([layer.frozen, mose.tasks["a"][1], layer.weight, layer.router])
+    step(mose.model, optimizer, data("b"))
+    assert torch.equal(layer.frozen, before[0]) and torch.equal(mose.tasks["a"][1], before[1])
+    assert not layer.weight.grad[layer.used].any()  # controls: what the optimizer holds has moved
+    assert (layer.weight != before[2])[layer.used].any() and (layer.router != before[3]).any()
+
+
+def test_forgetting_frees_and_clears_what_only_that_task_used():
+    mose = learn(attach(), *"abc")
+    before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
+    mose.forget("b")
+    assert torch.equal(snapshot(mose, "a", "c"), before) and mose.capacity()["c"]["share"] < share
+    masks = decode(mose.tasks["a"][0]) | decode(mose.tasks["c"][0])
+    for layer, mask in zip(mose.layers, masks.split(mose.sizes)):
+        assert torch.equal(layer.used, mask) and torch.equal(layer.frozen != 0, mask)
+
+
+@both_modes
+def test_gradients_are_the_same_with_checkpointing(guard, reentrant):
+    mose, ids = learn(learn(attach("grouped"), "a"), "b", end=False), data("b")
+    own = mose.trainable_parameters()
+    plain = torch.autograd.grad(mose.model(ids, labels=ids).loss, own)
+    checkpoint(mose.model, reentrant)
+    mose.model.zero_grad(set_to_none=False)
+    loss = mose.model(ids, labels=ids).loss
+    guard or mose.set_task("a")  # the backward pass runs each layer again, now under another task
+    with contextlib.suppress(RuntimeError):  # the modern mode notices that
+        loss.backward()
+    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(own, plain)) == guard
+
+
+# ------------------------------------------------------------------------------ which task runs
+
+
+@every_kind
+def test_each_example_of_a_batch_may_run_its_own_task(kind):
+    mose, ids = learn(attach(kind), "a", "b"), data("c", 4)
+    tasks, others = ["b", None, "a", "b"], [None, "a", "b"]
+    mixed, alone = snapshot(mose, tasks, ids=ids)[0], snapshot(mose, *others, ids=ids)
+    for i, task in enumerate(tasks):  # control: it is not what the other tasks say
+        fits = [torch.allclose(mixed[i], logits[i], atol=1e-4) for logits in alone]
+        assert fits == [task == other for other in others]
+
+
+@pytest.mark.parametrize("task", ["a", ["a", "b", None]], ids=["one", "mixed"])
+def test_generation_is_the_same_without_the_cache_and_without_padding(task):
+    mose, ids = learn(attach("grouped"), "a", "b"), data("c", 3)
+    mask = torch.ones_like(ids)
+    ids[1, :3] = mask[1, :3] = 0  # left-padded
+
+    def answers(task, ids=ids, mask=mask, **other):
+        with mose.task(task):
+            return mose.model.generate(ids, attention_mask=mask, max_new_tokens=8, **other)[:, -8:]
+
+    cached = answers(task)
+    assert torch.equal(cached, answers(task, use_cache=False))
+    assert torch.equal(cached[1:2], answers(task[:2][-1], ids[1:2, 3:], mask[1:2, 3:]))
+    assert not torch.equal(cached[:2], answers(None)[:2])  # control: the base says something else
+
+
+# ------------------------------------------------------------------------------ task keys
+
+
+def test_a_prompt_finds_its_task_without_a_pass_through_the_model(monkeypatch):
+    mose = attach()
+    mose.model.get_input_embeddings().weight.data[48:56] *= 4  # the tokens of "f", like no others
+    learn(mose, *"abc")
+    monkeypatch.setattr(mose.model, "forward", None)
+    prompts = torch.cat([data(f"new {name}", 1) for name in "bacabf"])  # "f" is far from them all
+    for opened in (False, True):
+        names, sure = mose.infer_task(prompts, return_confidence=True)
+        assert names[:5] == [*"bacab"] and min(sure[:5]) > 0.9 and sure[5] < 0.01
+        assert names == [mose.infer_task(prompt[None])[0] for prompt in prompts]  # no batch's vote
+        opened or (mose.begin_task("d"), mose.observe(data("d", 200)))  # is no answer yet
+    mose.forget("d"), mose.forget("b")
+    names, sure = mose.infer_task(prompts, return_confidence=True)
+    assert names[1:4] == [*"aca"] and min(sure[1:4]) > 0.9 and sure[5] < 0.01
+
+
+def test_a_key_keeps_no_prompt_and_needs_only_one():
+    mose = attach()
+    for name in "abc":
+        mose.begin_task(name)
+        mose.observe(data(name, 1))
+        size = len(pickle.dumps(mose.keys))
+        mose.observe(data(name, 1).repeat(50, 1))  # no spread: a covariance of 0, up to rounding
+        assert len(pickle.dumps(mose.keys)) == size
+        mose.end_task()
+    assert mose.infer_task(torch.cat([data(name, 1) for name in "cab"])) == [*"cab"]
+
+
+def test_padding_is_no_part_of_a_prompt():
+    mose, ids = learn(attach(), *"abc"), data("new b", 2)
+    padded = torch.cat([torch.full((2, 20), 9), ids], dim=1)  # 9 is a token of task "a"
+    answer = mose.infer_task(ids, return_confidence=True)
+    assert mose.infer_task(padded, (torch.arange(28) >= 20).expand(2, 28), True) == answer
+    assert mose.infer_task(padded) != answer[0] == ["b", "b"]  # control: without the mask
+
+
+# ------------------------------------------------------------------------------ the model around it
+
+
+def test_detaching_gives_back_the_base_bit_for_bit():
+    model = tiny()
+    model.lm_head.requires_grad_(False)
+    before = copy.deepcopy(model)
+    for _ in range(2):  # it can be attached to again
+        learn(MoSE(model), "a").detach()
+    for p, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, old) and p.requires_grad == old.requires_grad
+    assert torch.equal(model(data("a")).logits, before(data("a")).logits)
+
+
+def test_a_deepcopy_has_a_life_of_its_own(guard):
+    mose = learn(attach(), "a", end=False)
+    hooks = mose.attentions[0].v_proj._forward_hooks
+    # Off: a function instead of a method goes on with the original's experts.
+    guard or hooks.update({key: lambda *args, f=f: f(*args) for key, f in hooks.items()})
+    logits = mose.model(data("a")).logits  # its graph is alive
+    other = copy.deepcopy(mose)
+    mose.set_task(None)
+    assert torch.equal(other.model(data("a")).logits, logits) == guard
+    other.end_task(), learn(other, "b").detach()
+    assert torch.equal(snapshot(mose, "a")[0], logits)
+
+
+def test_the_saved_base_holds_no_adapter(guard, monkeypatch, tmp_path):
+    guard or monkeypatch.delattr(SubExperts, "state_dict")
+    learn(attach(), "a").model.save_pretrained(tmp_path)
+    assert (b"sub_experts" not in (tmp_path / "model.safetensors").read_bytes()) == guard
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path)(data("a")).logits
+    assert torch.equal(logits, tiny()(data("a")).logits)
+
+
+# ------------------------------------------------------------------------------ without isolation
+
+
+def test_one_shared_expert_is_a_lora_trained_in_sequence(guard):
+    mose, twin = learn(attach(num_experts=1, rank=4, isolate=not guard), "a", "b"), tiny()
+    for layer, block in zip(mose.layers, twin.model.layers):
+        rows = layer.weight.detach().view(-1, 4).split(layer.rows)
+        for name, A, B in zip(layer.targets, rows[::2], rows[1::2]):
+            getattr(block.self_attn, name).weight.data += mose.config.scale * B @ A.T
+    logits = snapshot(mose, "a", "b"), twin(data("a")).logits  # "b" went on with the weights of "a"
+    assert torch.allclose(*logits, atol=1e-4) == guard
+
+
+def test_a_shared_router_that_was_stopped_stays_so(guard, tmp_path):
+    mose = attach(isolate=False)
+    optimizer = adam(mose)
+    old = copy.deepcopy(learn(mose, "a", optimizer=optimizer).layers[0])
+    guard and mose.freeze_router()
+    learn(mose, "b", optimizer=optimizer)  # it has momentum for the router
+    again = learn(reloaded(mose, tmp_path / "m"), "c")
+    assert torch.equal(*snapshot(again, "a", "c"))  # what a shared pool says is the same for all
+    for layer in (mose.layers[0], again.layers[0]):
+        assert torch.equal(layer.router, old.router) == guard and (layer.weight != old.weight).any()
+
+
+# ------------------------------------------------------------------------------ cost, and the file
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_capacity_counts_the_bytes_of_the_file(count, tmp_path):
+    mose = learn(attach("grouped"), *"abcdefgh"[:count])
+    mose.save(tmp_path / "m")
+    report = [*mose.capacity().values()]
+    counted = sum(sum(entry["bytes"].values()) for entry in report)
+    assert 0 < (tmp_path / "m").stat().st_size - counted < 4000  # what the container takes
+    assert sum(entry["new"] for entry in report) == round(report[-1]["share"] * sum(mose.sizes))
+    assert "k_proj (32 -> 16)" in mose.summary() and f"{report[-1]['new']} new" in mose.summary()
+
+
+@both_pools
+def test_learning_goes_on_after_loading_as_if_it_had_never_stopped(isolate, tmp_path):
+    mose = learn(attach(isolate=isolate), "a")
+    again = reloaded(mose, tmp_path / "m")
+    for m in (mose, again):
+        torch.manual_seed(1)
+        learn(m, "b")
+    assert torch.equal(snapshot(mose, "a", "b"), snapshot(again, "a", "b"))
+    assert mose.infer_task(data("b")) == again.infer_task(data("b")) == [*"bbbb"]
+
+
+ENTRIES = "base config format keys masks router_frozen routers square tasks totals values".split()
+
+
+@pytest.mark.parametrize("says, edit", [
+    *((rf"missing.*\['{name}'\]", {name: None}) for name in ENTRIES),
+    (r"unexpected.*\['extra'\]", {"extra": 1}), (r"\['format'\]", {"format": "MoSE 0"}),
+    (r"\['values'\]", {"values": torch.ones(9).double()}), (r"\['keys'\]", {"keys": torch.ones(1)}),
+    (r"\['routers'\]", {"routers": torch.ones(1, 2, 4, 99)}),
+    ("rank", {"config": {"rank": 0}}), (r"\['config'\]", {"config": {"rank": 8}}),
+])
+def test_a_file_with_other_entries_is_refused_and_the_model_left_alone(says, edit, tmp_path):
+    mose, model = learn(attach(), "a"), tiny()
+    state = mose._state() | edit
+    mose._state = lambda: {k: v for k, v in state.items() if v is not None}
+    mose.save(tmp_path / "m")
+    refuses(says, MoSE.load, model, tmp_path / "m")
+    assert not any(isinstance(m, SubExperts) for m in model.modules())
+
+
+def test_a_file_fits_its_base_in_any_precision_and_only_whole(tmp_path):
+    path, other = tmp_path / "m", tiny()
+    assert [*reloaded(learn(attach(dtype=torch.bfloat16), "a"), path).tasks] == ["a"]
+    other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.1
+    refuses(r"\['base'\]", MoSE.load, other, path)
+    refuses("there are", MoSE.load, tiny("fused"), path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-100], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
+        path.write_bytes(damaged)
+        refuses("cut short, damaged", MoSE.load, tiny(), path)
+
+
+def test_a_save_that_breaks_off_leaves_the_old_file_whole(guard, monkeypatch, tmp_path):
+    mose, path = learn(attach(), "a"), tmp_path / "m"
+    mose.save(path)
+    old = path.read_bytes()
+    monkeypatch.setattr("mose.os.fsync", lambda _: 1 / 0)
+    # Off: written in place.
+    guard or monkeypatch.setattr("mose.open", lambda _, mode: open(path, mode), raising=False)
+    with pytest.raises(ZeroDivisionError):
+        learn(mose, "b").save(path)
+    assert (path.read_bytes() == old) == guard
+
+
+@pytest.mark.parametrize("field", "num_experts rank top_k density scale router_dim key_dim".split())
+def test_a_value_out_of_range_names_its_field(field):
+    for value in [0, -1, math.nan, "1"] + {"density": [1.01], "scale": []}.get(field, [1.5, 5.5]):
+        refuses(f"{field}: got", lambda: MoSEConfig(**{field: value}))
+    MoSEConfig(**{field: 1})  # control: 1 is in every range
