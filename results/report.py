@@ -1,0 +1,166 @@
+"""Tables and figures from the result files of train_trace.py alone.
+
+    python results/report.py runs/A            # one run
+    python results/report.py runs/A runs/B     # the same with other seeds: mean and deviation
+
+Writes into the first folder: table.md; matrices.png, the score on every task after every task, with
+the task known (TIL) and inferred (TaIL); growth.png, average score, used capacity and bytes.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Told apart without colour: each method has a line style and a marker of its own.
+STYLES = {"lora": ("#999999", ":", "v"), "task_lora": ("#0072b2", "--", "s"),
+          "moe_lora": ("#cc79a7", "-.", "^"), "mose": ("#000000", "-", "o"),
+          "floor": ("#bbbbbb", ":", "x"), "base": ("#777777", ":", "+")}
+
+
+def load(folders):
+    """{method: [result of each folder]}. Raises ValueError if a folder has none."""
+    results = {}
+    for folder in folders:
+        files = sorted(Path(folder).glob("*.json"))
+        if not files:
+            raise ValueError(f"{folder}: no result files (*.json); run train_trace.py first")
+        for file in files:
+            result = json.loads(file.read_text())
+            results.setdefault(result["method"], []).append(result)
+    return {method: results[method] for method in STYLES if method in results}
+
+
+def spread(values, digits=1):
+    """Mean, and deviation over seeds if there are several, as text."""
+    if None in values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def table(results):
+    """The comparison as a Markdown table, one method a line."""
+    lines = ["| method | OP | BWT | OP TaIL | task id, % | parameters | bytes | seconds |",
+             "|---|---|---|---|---|---|---|---|"]
+    first = next(iter(results.values()))
+    zero = [statistics.mean(r["zero_shot"]) for r in first]
+    lines.append(f"| zero-shot | {spread(zero)} | | | | | | |")
+    for method, runs in results.items():
+        right = [statistics.mean(r["task_id_accuracy"]) if r["R_tail"] else None for r in runs]
+        size = f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else ""
+        cells = [spread([r[key] for r in runs]) for key in ("op", "bwt", "op_tail")]
+        cells += [spread(right), f"{runs[0]['parameters']:,}", size]
+        cells.append(spread([r["seconds"] for r in runs], 0))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_matrix(matrices):
+    """Cell by cell over seeds; None stays None."""
+    return [[None if None in cells else statistics.mean(cells) for cells in zip(*rows)]
+            for rows in zip(*matrices)]
+
+
+def title_of(results):
+    """What was run, for every figure: model, data, seeds and numbers of examples."""
+    runs = next(iter(results.values()))
+    args, sizes = runs[0]["args"], [n for n, _ in runs[0]["examples"].values()]
+    tests = [n for _, n in runs[0]["examples"].values()]
+    seeds = ",".join(str(r["args"]["seed"]) for r in runs)
+
+    def span(counts):
+        return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+
+    return (f"{Path(args['model']).name} on {Path(args['data']).name}, seed {seeds}, "
+            f"{span(sizes)} training and {span(tests)} test examples a task")
+
+
+def draw_matrices(results, file):
+    """Rows: after which task; columns: which task is tested; cells: the score, 0-100."""
+    panels = [(f"{method}, task known", mean_matrix([r["R"] for r in runs]))
+              for method, runs in results.items() if method not in ("floor", "base")]
+    panels += [(f"{method}, task inferred", mean_matrix([r["R_tail"] for r in runs]))
+               for method, runs in results.items() if runs[0]["R_tail"]]
+    tasks = next(iter(results.values()))[0]["tasks"]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    side = 1.6 + 0.48 * len(tasks)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                figsize=(side * columns + 1, side * rows))
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for axis, (name, matrix) in zip(axes.flat, panels):
+        numbers = [[float("nan") if v is None else v for v in row] for row in matrix]
+        image = axis.imshow(numbers, vmin=0, vmax=100, cmap="Greys")
+        for t, row in enumerate(matrix):
+            for i, value in enumerate(row):
+                if value is not None:
+                    axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                              color="white" if value > 55 else "black")
+        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+        axis.set(title=name, xlabel="tested task", ylabel="after learning")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="score, 0-100")
+    figure.suptitle(title_of(results), fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_growth(results, file):
+    """Average score over seen tasks, share of the pool in use and bytes, after each task."""
+    results = {method: runs for method, runs in results.items() if method not in ("floor", "base")}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    tasks = next(iter(results.values()))[0]["tasks"]
+    x = range(1, len(tasks) + 1)
+    for method, runs in results.items():
+        color, line, marker = STYLES[method]
+        look = {"color": color, "linestyle": line, "marker": marker, "label": method}
+        matrix = mean_matrix([r["R"] for r in runs])
+        axes[0].plot(x, [statistics.mean(row[:t + 1]) for t, row in enumerate(matrix)], **look)
+        if runs[0]["R_tail"]:
+            matrix = mean_matrix([r["R_tail"] for r in runs])
+            tail = [statistics.mean(row[:t + 1]) for t, row in enumerate(matrix)]
+            axes[0].plot(x, tail, color=color, linestyle=(0, (1, 3)), marker="D", fillstyle="none",
+                         label=f"{method}, task inferred")
+            used = [100 * statistics.mean(step) for step in zip(*(r["used"] for r in runs))]
+            axes[1].plot(x, used, **look)
+            axes[1].plot(x, [used[0] * t for t in x], color="#999999", linestyle=":",
+                         label="as much for every task")
+        axes[2].plot(x, [b / 1e3 for b in runs[0]["bytes"]], **look)
+    axes[0].set(ylabel="average score on seen tasks, 0-100", ylim=(0, 100))
+    axes[1].set(ylabel="used share of the pool, %", ylim=(0, None))
+    axes[2].set(ylabel="saved adapters, kB (fp32)", ylim=(0, None))
+    for axis in axes:
+        axis.set_xticks(x, tasks, rotation=45, ha="right", fontsize=8)
+        axis.set_xlabel("after learning")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.suptitle(title_of(results), fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="runs/NAME")
+    folders = parser.parse_args().folders
+    try:
+        results = load(folders)
+    except ValueError as error:
+        parser.error(str(error))
+    out = folders[0]
+    (out / "table.md").write_text(f"{title_of(results)}\n\n{table(results)}\n", encoding="utf-8")
+    if {*results} - {"floor", "base"}:
+        draw_matrices(results, out / "matrices.png")
+        draw_growth(results, out / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
