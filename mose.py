@@ -132,9 +132,8 @@ class SubExperts(nn.Module):
         # Bounds of the uniform start. That of B is 0: a new task's delta is exactly 0.
         starts = [start for d, o in self.targets.values() for start in [d**-0.5] * d + [0.0] * o]
         bound = torch.tensor(starts).repeat_interleave(config.num_experts * config.rank)
-        buffers = {"bound": bound, "frozen": bound * 0.0, "used": bound.isinf()}
-        buffers |= {"projection": fixed_projection(inputs, config.router_dim)}
-        buffers |= {"pool_now": None, "router_now": None}  # of the finished task in force
+        buffers = {"bound": bound, "frozen": bound * 0.0, "used": bound.isinf(), "pool_now": None}
+        buffers |= {"projection": fixed_projection(inputs, config.router_dim), "router_now": None}
         for name, value in buffers.items():
             self.register_buffer(name, value)
         self.weight, self.score = nn.Parameter(bound * 0.0), nn.Parameter(bound * 0.0)
@@ -366,7 +365,7 @@ class MoSE:
     def end_task(self):
         """Freeze all that the open task reads; returns its entry of `capacity()`."""
         if not all(p.isfinite().all() for p in self.trainable_parameters()):
-            raise ValueError(f"task {self.open!r} is not finite: forget() it and lower the rate")
+            raise ValueError(f"task {self.open!r} is not finite: forget() it, lower the rate")
         masks = [layer.select() for layer in self.layers]
         for layer, mask in zip(self.layers, masks):
             layer.keep(layer.used | mask, layer.weight.detach())
@@ -484,9 +483,8 @@ class MoSE:
         for name, (code, routers) in self.tasks.items():
             mask = decode(code)
             new, used = int((mask & ~used).sum()), used | mask
-            keys = dim * (name in self.keys.total) + (0 if report else dim * (dim + 1) // 2)
             size = {"masks": len(code), "weights": 4 * new, "routers": 4 * routers.numel()}
-            size["keys"] = 4 * keys
+            size["keys"] = 2 * dim * (2 * (name in self.keys.total) + (0 if report else dim + 1))
             report[name] = {"new": new, "share": used.float().mean().item(), "bytes": size}
         return report
 
@@ -520,6 +518,8 @@ class MoSE:
 
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all."""
+        if self.open is not None:
+            raise ValueError(f"task {self.open!r} is open: call end_task() before save()")
         buffer = io.BytesIO()
         torch.save(self._state(), buffer)
         temporary = f"{path}.{os.getpid()}.tmp"

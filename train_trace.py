@@ -3,6 +3,7 @@
     python train_trace.py                   # two CPU cores: tiny-llm on trace-mini, in 4 minutes
     python train_trace.py --model Qwen/Qwen2.5-0.5B-Instruct --data PATH/LLM-CL-Benchmark_500 \\
         --methods mose --name qwen --lr 1e-3 --batch 32     # one GPU, real TRACE: not measured
+    python train_trace.py --ask runs/default/mose.pt "Dovish (A), hawkish (B) or neutral (C)? .."
 
 The first is synthetic and offline: a real causal LM of 1M parameters and eight generated stand-ins
 for the TRACE tasks, in their format, names, order and metrics. It shows the method, not TRACE.
@@ -15,11 +16,14 @@ Methods, all through the same loop, data, steps and order:
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
     moe_lora   a mixture with one shared router and no masks, in sequence
     mose       MoSEs, with the task known (TIL) and inferred from the prompt (TaIL)
+
+Scores are TRACE's own, decoded greedily (TRACE samples at temperature 0.1). On real TRACE data they
+compare with papers that use its 0.5K split, order and metrics, for the same base model only. No
+score on trace-mini compares with any paper's.
 """
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -66,7 +70,7 @@ class Args:
     methods: str = option("lora,task_lora,mose", "of " + ", ".join(METHODS))
     name: str = option("default", "results go to runs/NAME")
     force: bool = option(False, "overwrite the results of an earlier run of that name")
-    seed: int = option(0, "of the start, the data order and the gates")
+    seeds: str = option("0", "of start and data order; of several (0,1,2) each is a run NAME-SEED")
     epochs: str = option("4", "per task: a number, one for each task (5,3,..), trace or short")
     lr: float = option(1e-2, "learning rate of all methods")
     schedule: str = option("cosine", "of the learning rate", ("cosine", "constant"))
@@ -89,6 +93,7 @@ class Args:
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
+    ask: tuple = option((), "only answer a prompt with an adapter that --methods mose has saved")
 
 
 def parse(argv=None):
@@ -98,11 +103,16 @@ def parse(argv=None):
         text, choices = f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action="store_true", help=text)
+        elif f.type is tuple:
+            parser.add_argument(f"--{f.name}", nargs=2, default=(), help=text,
+                                metavar=("FILE", "PROMPT"))
         else:
             shown = f" [{str(f.default).replace(f'{HERE}/', '')}]" if f.default != "" else ""
             parser.add_argument(f"--{f.name}", type=f.type, default=f.default, choices=choices,
                                 metavar="|".join(choices or [f.name.upper()]), help=text + shown)
     args = Args(**vars(parser.parse_args(argv)))
+    if not all(seed.isdigit() for seed in args.seeds.split(",")):
+        parser.error(f"--seeds: got {args.seeds!r}, expected whole numbers: 0 or 0,1,2")
     unknown = [method for method in args.methods.split(",") if method not in METHODS]
     if unknown:
         parser.error(f"--methods: got {unknown}, expected of {', '.join(METHODS)}")
@@ -221,14 +231,38 @@ METRICS = dict(zip(TASKS, ("accuracy", "accuracy", "rouge_l", "edit_similarity",
 
 def score(task, predictions, golds, prompts, metric=None):
     """The mean score of a task's predictions by TRACE's metric, or the named one: 0 .. 100."""
-    values = map(SCORES[metric or METRICS[task]], predictions, golds, prompts)
-    return sum(values) / len(golds)
+    values = [*map(SCORES[metric or METRICS[task]], predictions, golds, prompts)]
+    return mean(values)
+
+
+def mean(values):
+    return sum(values) / max(1, len(values))
 
 
 def backward_transfer(R):
-    """Mean over earlier tasks of R[last][i] - R[i][i], signed; R as in `run`."""
-    changes = [R[-1][i] - R[i][i] for i in range(len(R) - 1)]
-    return sum(changes) / max(1, len(changes))
+    """Mean over all tasks but the last of R[last][i] - R[i][i], signed; R as in `run`."""
+    return mean([R[-1][i] - R[i][i] for i in range(len(R) - 1)])
+
+
+def summarize(R, zero_shot, before):
+    """What papers report of a matrix R (see `run`); before: each task just before it is learned."""
+    T, last = len(R), R[-1]
+    best = [max(R[t][i] for t in range(i, T)) for i in range(T)]
+    return {
+        "op": mean(last), "learned": mean([R[i][i] for i in range(T)]), "bwt": backward_transfer(R),
+        # As TreeLoRA and MoRAM print it: what was lost, never below 0, over all T tasks.
+        "bwt_treelora": mean([max(0.0, R[i][i] - last[i]) for i in range(T)]),
+        "forgetting": mean([best[i] - last[i] for i in range(T - 1)]),
+        "fwt": mean([before[i] - zero_shot[i] for i in range(1, T)]),
+    }
+
+
+def bootstrap(rows, draws=1000):
+    """The standard error of OP, from the scores of each task's test examples."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.tensor(row) for row in rows]
+    picks = [torch.randint(len(v), (draws, len(v)), generator=generator) for v in values]
+    return torch.stack([v[p].mean(1) for v, p in zip(values, picks)]).mean(0).std().item()
 
 
 # ------------------------------------------------------------------------------ data
@@ -302,7 +336,7 @@ def load_tasks(args, tokenizer, model):
 
 
 def floor(task):
-    """The score without a model: of a constant and some copies, what is best on (some) train."""
+    """Scores without a model: of a constant and some copies, what is best on (some) train."""
     train, test = task.texts[0].select(range(min(100, len(task.train)))), task.texts[1]
     common = collections.Counter(task.texts[0]["answer"]).most_common(1)[0][0]
     rules = [
@@ -312,11 +346,11 @@ def floor(task):
         lambda prompt: prompt,
     ]
 
-    def total(rule, rows):
-        guesses = [rule(prompt) for prompt in rows["prompt"]]
-        return score(task.name, guesses, rows["answer"], rows["prompt"], task.metric)
+    def scores(rule, rows):
+        metric = SCORES[task.metric]
+        return [metric(rule(row["prompt"]), row["answer"], row["prompt"]) for row in rows]
 
-    return total(max(rules, key=lambda rule: total(rule, train)), test)
+    return scores(max(rules, key=lambda rule: mean(scores(rule, train))), test)
 
 
 def encode(tokenizer, row):
@@ -359,7 +393,7 @@ def train(model, tokenizer, parameters, task, args, title):
 
     Returns the share of padding. Raises ValueError when the loss is not finite.
     """
-    rng, device = random.Random(f"{args.seed} {task.name}"), model.device
+    rng, device = random.Random(f"{args.seeds} {task.name}"), model.device
     bos, parts = tokenizer.bos_token_id, []
     for prompt, answer in task.train[:args.max_train or None]:
         prompt = cut(prompt, task.limit, bos)
@@ -420,17 +454,18 @@ def whole_prompts(rows, tokenizer, size=32):
 
 
 def evaluate(model, tokenizer, adapter, task, args):
-    """Score with the task known; for MoSEs also with it inferred, and how often that was right."""
+    """The score of each test example with the task known; for MoSEs also with it inferred, and how
+    often that was right, in percent. A task not yet learned is tested with what is in force."""
     rows = range(len(task.test))
 
-    def total(texts):
-        golds, prompts = task.texts[1]["answer"], task.texts[1]["prompt"]
-        return score(task.name, [texts[i] for i in rows], golds, prompts, task.metric)
+    def scores(texts):
+        test, metric = task.texts[1], SCORES[task.metric]
+        return [metric(texts[i], test[i]["answer"], test[i]["prompt"]) for i in rows]
 
-    if adapter:
+    if adapter and task.name in adapter.tasks:
         adapter.set_task(task.name)
     texts = generate(model, tokenizer, task, rows, args.eval_batch)
-    til = total(texts)
+    til = scores(texts)
     if not adapter or not adapter.config.isolate:
         return til, None, None
     names = []
@@ -442,7 +477,7 @@ def evaluate(model, tokenizer, adapter, task, args):
         adapter.set_task([names[i] for i in some])
 
     texts |= generate(model, tokenizer, task, wrong, args.eval_batch, choose)
-    return til, total(texts), 100.0 * (1 - len(wrong) / len(names))
+    return til, scores(texts), 100.0 * (1 - len(wrong) / len(names))
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -458,25 +493,26 @@ def attach(model, method, args):
     return MoSE(model, config)
 
 
-def run(method, model, tokenizer, tasks, args, folder):
+def run(method, model, tokenizer, tasks, args, folder, zero_shot):
     """Learn all tasks with one method; returns its results.
 
     R[t][i] is the score of task i after task t, for i > t None; R_tail the same with the task
     inferred from the prompt.
     """
     result = {"R": [], "R_tail": [], "task_id_accuracy": [], "used": [], "bytes": [], "padding": []}
-    adapter, files, known = None, [], method in ("floor", "base")
+    adapter, files, before, parameters = None, [], [*zero_shot], []
     for t, task in enumerate(tasks):
-        torch.manual_seed(1000 * args.seed + t)
-        if adapter is None and not known:
+        torch.manual_seed(1000 * int(args.seeds) + t)
+        if adapter is None and method not in ("floor", "base"):
             adapter = attach(model, method, args)
         if adapter:
+            if t and method in ("lora", "moe_lora"):  # the others start each task as the bare base
+                before[t] = mean(evaluate(model, tokenizer, adapter, task, args)[0])
             adapter.begin_task(task.name)
             if adapter.config.isolate:
                 for ids, mask in whole_prompts(task.train, tokenizer):
                     adapter.observe(ids, mask)
             parameters = adapter.trainable_parameters()
-            result["parameters"] = sum(p.numel() for p in parameters)
             title = f"{method} {t + 1}/{len(tasks)} {task.name}"
             result["padding"].append(train(model, tokenizer, parameters, task, args, title))
             result["used"].append(adapter.end_task()["share"])
@@ -493,18 +529,23 @@ def run(method, model, tokenizer, tasks, args, folder):
                 adapter = MoSE.load(model, files[i])
             rows.append((floor(seen), None, None) if method == "floor" else
                         evaluate(model, tokenizer, adapter, seen, args))
+        til, tail, right = zip(*rows)
         empty = [None] * (len(tasks) - t - 1)
-        til, tail, right = ([*column] for column in zip(*rows))
-        result["R"].append(til + empty)
+        result["R"].append([*map(mean, til)] + empty)
         if method == "mose":
-            result["R_tail"].append(tail + empty)
-            result["task_id_accuracy"] = right
+            result["R_tail"].append([*map(mean, tail)] + empty)
+            result["task_id_accuracy"] = [*right]
         if method == "task_lora":
             adapter.detach()
             adapter = None
     if adapter:
         adapter.detach()
-    return result
+    result |= summarize(result["R"], zero_shot, before)
+    tails = summarize(result["R_tail"], zero_shot, before) if result["R_tail"] else {}
+    return result | {
+        "op_error": bootstrap(til), "op_tail": tails.get("op"), "bwt_tail": tails.get("bwt"),
+        "before": before, "parameters": sum(p.numel() for p in parameters),
+        "epochs": [task.epochs for task in tasks] if parameters else []}
 
 
 def choose_device(args):
@@ -545,24 +586,23 @@ def peak_memory(device):
 
 
 def table(results):
-    """The comparison as text, one method a line."""
-    lines = [f"{'':10} {'OP':>6} {'BWT':>6} {'OP TaIL':>8} {'task id':>8} {'parameters':>11} "
-             f"{'bytes':>10} {'seconds':>8}"]
-    zero_shot = results[0]["zero_shot"]
-    lines.append(f"{'zero-shot':10} {sum(zero_shot) / len(zero_shot):6.1f}")
+    """The comparison as text, one method a line, scores 0-100."""
+    lines = [f"{'':10} {'OP':>5} {'±':>4} {'learned':>8} {'BWT':>6} {'FWT':>6} {'OP TaIL':>8} "
+             f"{'task id':>8} {'parameters':>11} {'bytes':>10} {'seconds':>8}",
+             f"{'zero-shot':10} {mean(results[0]['zero_shot']):5.1f}"]
     for r in results:
-        tail = f"{r['op_tail']:8.1f} {sum(r['task_id_accuracy']) / len(r['R']):7.1f}%" \
-            if r["R_tail"] else f"{'':17}"
-        size = r["bytes"][-1] if r["bytes"] else 0
-        lines.append(f"{r['method']:10} {r['op']:6.1f} {r['bwt']:6.1f} {tail} "
-                     f"{r['parameters']:11,} {size:10,} {r['seconds']:8.0f}")
-    return "\n".join(lines)
+        tail = " " * 17
+        if r["R_tail"]:
+            tail = f"{r['op_tail']:8.1f} {mean(r['task_id_accuracy']):7.1f}%"
+        lines.append(f"{r['method']:10} {r['op']:5.1f} {r['op_error']:4.1f} {r['learned']:8.1f} "
+                     f"{r['bwt']:6.1f} {r['fwt']:6.1f} {tail} {r['parameters']:11,} "
+                     f"{(r['bytes'] or [0])[-1]:10,} {r['seconds']:8.0f}")
+    padding = [share for r in results for share in r["padding"]]
+    return "\n".join([*lines, f"padding: {mean(padding):.1%} of the training tokens"])
 
 
-def main(args):
-    """Every method of the run, each with its own result file; then one table."""
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+def session(args):
+    """Every method with one seed, each with its own result file; then one table."""
     folder, methods = Path("runs") / args.name, args.methods.split(",")
     files = {method: folder / f"{method}.json" for method in methods}
     there = [str(file) for file in files.values() if file.exists()]
@@ -570,26 +610,22 @@ def main(args):
         raise ValueError(f"{there[0]} exists: choose another --name, or --force to overwrite it")
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args)
-    tasks = load_tasks(args, tokenizer, model)
+    tasks, results = load_tasks(args, tokenizer, model), []
     bar = tqdm(tasks, "zero-shot", leave=False, ncols=100)
-    zero_shot = [evaluate(model, tokenizer, None, task, args)[0] for task in bar]
-    results = []
+    zero_shot = [mean(evaluate(model, tokenizer, None, task, args)[0]) for task in bar]
+    cuda = model.device.type == "cuda"
     for method in methods:
         start = time.time()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         result = {
             "method": method, "args": dataclasses.asdict(args), "tasks": [t.name for t in tasks],
             "examples": {
                 t.name: [len(t.train[:args.max_train or None]), len(t.test)] for t in tasks},
-            "zero_shot": zero_shot, "parameters": 0,
-            **run(method, model, tokenizer, tasks, args, folder),
-        }
-        R, tail = result["R"], result["R_tail"]
-        result |= {
-            "op": sum(R[-1]) / len(R), "bwt": backward_transfer(R),
-            "op_tail": sum(tail[-1]) / len(R) if tail else None,
-            "bwt_tail": backward_transfer(tail) if tail else None,
+            "zero_shot": zero_shot,
+            **run(method, model, tokenizer, tasks, args, folder, zero_shot),
             "seconds": time.time() - start, "peak_memory_bytes": peak_memory(model.device),
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else
+            "device": torch.cuda.get_device_name() if cuda else
             f"{model.device.type}, {torch.get_num_threads()} threads",
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             | {"python": platform.python_version()},
@@ -601,8 +637,38 @@ def main(args):
         os.replace(temporary, files[method])
     print(table(results))
     print(f"results: {folder}/")
+    return folder
+
+
+def ask(args, tokens=128):
+    """Answer one prompt: infer its task, or leave it to the base when it is far from all tasks."""
+    file, prompt = args.ask
+    model, tokenizer = load_model(args)
+    adapter = MoSE.load(model, file)
+    whole, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
+    (name,), (sure,) = adapter.infer_task(torch.tensor([whole]), return_confidence=True)
+    print(f"task: {name}, confidence {sure:.2f}")
+    if sure < 0.5:
+        print("far from every task that was learned, so the bare base answers")
+    adapter.set_task(name if sure >= 0.5 else None)
+    ids = torch.tensor([cut(whole, args.max_prompt, tokenizer.bos_token_id)], device=model.device)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
+    print(f"answer: {tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)}")
+
+
+def main(args):
+    """One session for each seed; then figures, and the mean over seeds."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if args.ask:
+        return ask(args)
+    seeds, folders = args.seeds.split(","), []
+    for seed in seeds:
+        name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
+        folders.append(session(dataclasses.replace(args, seeds=seed, name=name)))
     if importlib.util.find_spec("matplotlib"):
-        subprocess.run([sys.executable, HERE / "results/report.py", folder], check=True)
+        subprocess.run([sys.executable, HERE / "results/report.py", *folders], check=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Tables and figures from the result files of train_trace.py alone.
 
-    python results/report.py runs/A            # one run
+    python results/report.py runs/A            # one run: into its folder
     python results/report.py runs/A runs/B     # the same with other seeds: mean and deviation
+    python results/report.py runs/A runs/B --out results/name      # results/name-table.md, ..
 
-Writes into the first folder: table.md; matrices.png, the score on every task after every task, with
-the task known (TIL) and inferred (TaIL); growth.png, average score, used capacity and bytes.
+Makes table.md; matrices.png, the score on every task after every task, with the task known (TIL)
+and inferred (TaIL); growth.png, average score, used capacity and bytes. With --out also name.json, all
+results in one file, which can stand in for the folders.
 """
 
 import argparse
@@ -23,15 +25,17 @@ STYLES = {"lora": ("#999999", ":", "v"), "task_lora": ("#0072b2", "--", "s"),
           "floor": ("#bbbbbb", ":", "x"), "base": ("#777777", ":", "+")}
 
 
-def load(folders):
-    """{method: [result of each folder]}. Raises ValueError if a folder has none."""
+def load(places):
+    """{method: [result of each place]}. Raises ValueError if one has none."""
     results = {}
-    for folder in folders:
-        files = sorted(Path(folder).glob("*.json"))
-        if not files:
-            raise ValueError(f"{folder}: no result files (*.json); run train_trace.py first")
-        for file in files:
-            result = json.loads(file.read_text())
+    for place in map(Path, places):
+        files = sorted(place.glob("*.json")) if place.is_dir() else []
+        found = [json.loads(file.read_text()) for file in files]
+        if place.is_file():
+            found = json.loads(place.read_text())
+        if not found:
+            raise ValueError(f"{place}: no result files (*.json); run train_trace.py first")
+        for result in found:
             results.setdefault(result["method"], []).append(result)
     return {method: results[method] for method in STYLES if method in results}
 
@@ -45,17 +49,22 @@ def spread(values, digits=1):
 
 
 def table(results):
-    """The comparison as a Markdown table, one method a line."""
-    lines = ["| method | OP | BWT | OP TaIL | task id, % | parameters | bytes | seconds |",
-             "|---|---|---|---|---|---|---|---|"]
-    first = next(iter(results.values()))
-    zero = [statistics.mean(r["zero_shot"]) for r in first]
-    lines.append(f"| zero-shot | {spread(zero)} | | | | | | |")
+    """The comparison as a Markdown table, one method a line; deviations are over seeds."""
+    names = ("OP", "s.e.", "OP TaIL", "task id, %", "learned", "BWT", "BWT as TreeLoRA",
+             "forgetting", "FWT", "epochs", "parameters", "bytes", "seconds")
+    keys = ("op", "op_error", "op_tail", "task_id", "learned", "bwt", "bwt_treelora", "forgetting",
+            "fwt")
+    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    zero = [statistics.mean(r["zero_shot"]) for r in next(iter(results.values()))]
+    lines.append(f"| zero-shot | {spread(zero)} |" + " |" * (len(names) - 1))
     for method, runs in results.items():
-        right = [statistics.mean(r["task_id_accuracy"]) if r["R_tail"] else None for r in runs]
-        size = f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else ""
-        cells = [spread([r[key] for r in runs]) for key in ("op", "bwt", "op_tail")]
-        cells += [spread(right), f"{runs[0]['parameters']:,}", size]
+        for r in runs:
+            right = r["task_id_accuracy"]
+            r["task_id"] = statistics.mean(right) if right else None
+        epochs = sorted({*runs[0]["epochs"]})
+        cells = [spread([r[key] for r in runs]) for key in keys]
+        cells += ["-".join(map(str, {epochs[0], epochs[-1]})) if epochs else ""]
+        cells += [f"{runs[0]['parameters']:,}", f"{runs[0]['bytes'][-1]:,}" if epochs else ""]
         cells.append(spread([r["seconds"] for r in runs], 0))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -72,7 +81,7 @@ def title_of(results):
     runs = next(iter(results.values()))
     args, sizes = runs[0]["args"], [n for n, _ in runs[0]["examples"].values()]
     tests = [n for _, n in runs[0]["examples"].values()]
-    seeds = ",".join(str(r["args"]["seed"]) for r in runs)
+    seeds = ",".join(r["args"]["seeds"] for r in runs)
 
     def span(counts):
         return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
@@ -149,17 +158,22 @@ def draw_growth(results, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="runs/NAME")
-    folders = parser.parse_args().folders
+    parser.add_argument("places", nargs="+", metavar="runs/NAME", help="or a file made by --out")
+    parser.add_argument("--out", help="where to, with the beginning of the names")
+    args = parser.parse_args()
     try:
-        results = load(folders)
+        results = load(args.places)
     except ValueError as error:
         parser.error(str(error))
-    out = folders[0]
-    (out / "table.md").write_text(f"{title_of(results)}\n\n{table(results)}\n", encoding="utf-8")
+    start = f"{args.out}-" if args.out else f"{args.places[0]}/"
+    text = f"{title_of(results)}\n\n{table(results)}\n"
+    Path(f"{start}table.md").write_text(text, encoding="utf-8")
     if {*results} - {"floor", "base"}:
-        draw_matrices(results, out / "matrices.png")
-        draw_growth(results, out / "growth.png")
+        draw_matrices(results, f"{start}matrices.png")
+        draw_growth(results, f"{start}growth.png")
+    if args.out:
+        every = [result for runs in results.values() for result in runs]
+        Path(f"{args.out}.json").write_text(json.dumps(every) + "\n")
 
 
 if __name__ == "__main__":

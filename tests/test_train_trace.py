@@ -41,7 +41,8 @@ def test_every_example_ends_in_eos_and_its_labels_are_the_answer(base):
     rows = [{"prompt": p, "answer": a} for p in ("Stance:", " x", "é\n漢字", "a" * 500)
             for a in ("C", " C", "\n", "漢")]
     for task in train_trace.TASKS:
-        rows += [*train_trace.read(Args.data, task, "train").select(range(20))]
+        for split in ("train", "eval", "test"):
+            rows += [*train_trace.read(Args.data, task, split)]
     for row in rows:
         prompt, answer = train_trace.encode(tokenizer, row)
         assert prompt[0] == tokenizer.bos_token_id and answer[-1] == tokenizer.eos_token_id
@@ -118,7 +119,9 @@ def test_the_result_holds_everything_that_was_done(run):
         assert fields <= {*r} and r["method"] == method
         assert r["tasks"] == ["FOMC", "NumGLUE-cm"] and len(r["zero_shot"]) == 2
         assert [[v is None for v in row] for row in r["R"]] == [[False, True], [False, False]]
-        assert r["op"] == sum(r["R"][-1]) / 2 and r["bwt"] == r["R"][1][0] - r["R"][0][0]
+        assert r["op"] == r["learned"] + r["bwt"] / 2 == sum(r["R"][-1]) / 2
+        assert r["bwt"] == r["R"][1][0] - r["R"][0][0]
+        assert r["fwt"] == r["before"][1] - r["zero_shot"][1]
     assert results["base"]["R"][-1] == results["base"]["zero_shot"]
     assert len(results["mose"]["R_tail"]) == 2 and not results["lora"]["R_tail"]
 
@@ -139,7 +142,7 @@ def test_bytes_are_those_of_the_files(run):
 def test_the_same_seed_gives_the_same_result_and_another_does_not(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
-        train_trace.main(Args(methods="mose", name=f"s{seed}", seed=seed, device="cpu", **SHORT))
+        train_trace.main(Args(methods="mose", name=f"s{seed}", seeds=str(seed), **SHORT))
     before, again = run[0]["mose"], json.loads((tmp_path / "runs/s0/mose.json").read_text())
     measured = ("args", "seconds", "peak_memory_bytes", "date")
     for key in before.keys() - measured:
@@ -162,7 +165,39 @@ def test_the_stage_is_fair_zero_shot_the_model_knows_no_more_than_a_guess(base):
     model, tokenizer = base
     for task in train_trace.load_tasks(Args(), tokenizer, model):
         zero_shot, _, _ = train_trace.evaluate(model, tokenizer, None, task, Args())
-        assert zero_shot <= train_trace.floor(task), task.name
+        assert sum(zero_shot) <= sum(train_trace.floor(task)), task.name
+
+
+def test_summaries_of_a_small_matrix():
+    R = [[50.0, None, None], [80.0, 60.0, None], [20.0, 70.0, 90.0]]
+    got = train_trace.summarize(R, zero_shot=[1.0, 2.0, 3.0], before=[1.0, 12.0, 23.0])
+    assert got == {"op": 60.0, "learned": (50 + 60 + 90) / 3, "bwt": (-30 + 10) / 2, "fwt": 15.0,
+                   "bwt_treelora": 30 / 3, "forgetting": (60 + 0) / 2}
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    rows = [[0.0, 100.0] * 50, [100.0] * 100]
+    assert train_trace.bootstrap(rows) == pytest.approx(50 / 100**0.5 / 2, rel=0.1)
+    assert train_trace.bootstrap([[7.0] * 9]) == 0.0
+
+
+def test_several_seeds_are_several_runs_and_one_table(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    short = {**SHORT, "tasks": "FOMC", "epochs": "1"}
+    train_trace.main(Args(methods="lora", name="n", seeds="3,4", device="cpu", **short))
+    assert (tmp_path / "runs/n-4/lora.json").exists()
+    assert "±" in (tmp_path / "runs/n-3/table.md").read_text() and "seed 3,4" in (
+        tmp_path / "runs/n-3/table.md").read_text()
+
+
+def test_ask_infers_the_task_or_leaves_a_far_prompt_to_the_base(run, capsys):
+    _, folder = run
+    prompt = train_trace.read(Args.data, "NumGLUE-cm", "test")[0]["prompt"]
+    for text, name in ((prompt, "NumGLUE-cm"), ("@@ $$ \u00e9\u00e9 %% ^^ ~~ {}" * 9, "base")):
+        train_trace.main(train_trace.parse(["--device", "cpu", "--ask", f"{folder}/mose.pt", text]))
+        out = capsys.readouterr().out
+        assert "answer: " in out and (name in out) and ("far from every" in out) == (name == "base")
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -259,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_p
 
     monkeypatch.setattr(train_trace, "train", explode)
     with pytest.raises(ValueError, match="NumGLUE-cm: the loss is nan"):
-        train_trace.run("mose", model, tokenizer, tasks, args, tmp_path)
+        train_trace.run("mose", model, tokenizer, tasks, args, tmp_path, [0.0, 0.0])
     fresh, _ = train_trace.load_model(args)
     adapter = train_trace.MoSE.load(fresh, tmp_path / "mose.pt")
     assert [*adapter.tasks] == ["FOMC"]
