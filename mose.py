@@ -53,7 +53,7 @@ class MoSEConfig:
     rank: int = 16  # R >= 1, of each expert
     top_k: int | None = None  # 1 <= K <= E experts for a token; None: all
     density: float = 0.03  # in (0, 1]: a mask, of the pool; its new part, of what is free
-    scale: float = 16.0  # > 0, of the experts' sum
+    scale: float = 32.0  # > 0, of the experts' sum
     router_dim: int = 16  # P >= 1
     key_dim: int = 64  # >= 1, of a task's key
     isolate: bool = True  # False: one router, no masks, so that tasks overwrite one another

@@ -37,6 +37,7 @@ import resource
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import datasets
@@ -83,12 +84,12 @@ class Args:
     split: str = option("test", "what is scored; choose settings by eval", ("test", "eval"))
     targets: str = option("q_proj,v_proj", "linear layers that get experts")
     experts: int = option(MoSEConfig.num_experts, "experts of mose and moe_lora")
-    rank: int = option(MoSEConfig.rank, "rank of each")
+    rank: int = option(MoSEConfig.rank, "rank of each expert of mose")
     top_k: int = option(0, "active experts for a token (0: all)")
     density: float = option(MoSEConfig.density, "of the free pool, what a task of mose may take")
     scale: float = option(MoSEConfig.scale, "of the experts' sum")
     router_stop: int = option(0, "freeze the router of moe_lora after so many tasks (0: never)")
-    lora_rank: int = option(8, "rank of lora and task_lora")
+    lora_rank: int = option(8, "rank of lora, task_lora and, in all, of moe_lora")
     lora_scale: float = option(4.0, "their scale, alpha / rank")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
@@ -272,8 +273,9 @@ def read(base, task, split):
     """A task's split in TRACE's form, as a Dataset. Raises ValueError with the file and the row."""
     where = f"{base}/{task}/{split}.json"
     try:
-        path = datasets.DownloadManager().download(where)  # a local path stays what it is
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        url = where.startswith(("http://", "https://"))
+        with urllib.request.urlopen(where) if url else open(where, "rb") as file:
+            rows = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: can't be read as JSON ({error})") from error
     form = 'a list of {"prompt": text, "answer": text}'
@@ -484,13 +486,16 @@ def evaluate(model, tokenizer, adapter, task, args):
 
 
 def attach(model, method, args):
-    """The adapter of a method. One LoRA is one expert without protection."""
-    config = MoSEConfig(tuple(args.targets.split(",")), args.experts, args.rank, args.top_k or None,
-                        args.density, args.scale, isolate=method == "mose")
-    if method in ("lora", "task_lora"):
-        config = MoSEConfig(config.targets, 1, args.lora_rank, scale=args.lora_scale, router_dim=1,
-                            key_dim=1, isolate=False)
-    return MoSE(model, config)
+    """The adapter of a method. One LoRA is one expert without protection; moe_lora has as many
+    parameters, and at equal gates the same scale, in several experts."""
+    targets, experts = tuple(args.targets.split(",")), args.experts
+    if method == "mose":
+        return MoSE(model, MoSEConfig(targets, experts, args.rank, args.top_k or None, args.density,
+                                      args.scale))
+    experts, width = (experts, MoSEConfig.router_dim) if method == "moe_lora" else (1, 1)
+    rank = max(1, args.lora_rank // experts)
+    return MoSE(model, MoSEConfig(targets, experts, rank, router_dim=width, key_dim=1,
+                                  scale=experts * args.lora_scale, isolate=False))
 
 
 def run(method, model, tokenizer, tasks, args, folder, zero_shot):

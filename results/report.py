@@ -5,8 +5,8 @@
     python results/report.py runs/A runs/B --out results/name      # results/name-table.md, ..
 
 Makes table.md; matrices.png, the score on every task after every task, with the task known (TIL)
-and inferred (TaIL); growth.png, average score, used capacity and bytes. With --out also name.json, all
-results in one file, which can stand in for the folders.
+and inferred (TaIL); growth.png, average score, used capacity and bytes. With --out also name.json,
+all results in one file, which can stand in for the folders.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def title_of(results):
     def span(counts):
         return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
 
-    return (f"{Path(args['model']).name} on {Path(args['data']).name}, seed {seeds}, "
+    data = Path(args["data"]).name.replace("trace-mini", "trace-mini (synthetic)")
+    return (f"{Path(args['model']).name} on {data}, mean of seed {seeds}, "
             f"{span(sizes)} training and {span(tests)} test examples a task")
 
 
@@ -97,7 +98,7 @@ def draw_matrices(results, file):
     panels += [(f"{method}, task inferred", mean_matrix([r["R_tail"] for r in runs]))
                for method, runs in results.items() if runs[0]["R_tail"]]
     tasks = next(iter(results.values()))[0]["tasks"]
-    columns = min(2, len(panels))
+    columns = min(2 if len(panels) < 5 else 3, len(panels))
     rows = -(-len(panels) // columns)
     side = 1.6 + 0.48 * len(tasks)
     figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",

@@ -1,8 +1,11 @@
 """The continual loop: honest examples, one loop for all methods, clear errors, complete results."""
 
+import functools
+import http.server
 import json
 import random
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -232,6 +235,21 @@ def test_a_file_of_another_shape_is_named_with_its_row(tmp_path, base, text, mes
     with pytest.raises(ValueError, match="train.json") as error:
         train_trace.load_tasks(Args(data=data, tasks="FOMC"), base[1], base[0])
     assert message in str(error.value)
+
+
+def test_data_can_come_from_a_url():
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        log_message = staticmethod(lambda *given: None)
+
+    handler = functools.partial(Quiet, directory=Args.data)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        there, here = (train_trace.read(base, "FOMC", "test") for base in (url, Args.data))
+        with pytest.raises(ValueError, match="none/test.json"):
+            train_trace.read(url, "none", "test")
+        server.shutdown()
+    assert there.to_list() == here.to_list()
 
 
 def test_a_good_file_is_read(tmp_path, base, capsys):

@@ -1,0 +1,103 @@
+"""The README says what the code does: its choices, its limits, its code blocks, its links."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import train_trace  # noqa: E402
+
+report = pytest.importorskip("report")  # it needs matplotlib
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+
+
+def tags():
+    """The first sentence of every CHOICE and DIFFERS comment of mose.py, in order."""
+    lines = (ROOT / "mose.py").read_text(encoding="utf-8").splitlines()
+    found = []
+    for i, line in enumerate(lines):
+        match = re.match(r"\s*# (CHOICE|DIFFERS): (.*)", line)
+        if match:
+            text = [match[2]]
+            while (more := re.match(r"\s*# (.*)", lines[i + len(text)])):
+                text.append(more[1])
+            found.append((match[1], re.split(r"(?<=\.)\s", " ".join(text))[0]))
+    return found
+
+
+def test_the_table_of_choices_is_that_of_the_code():
+    rows = re.findall(r"^\| (CHOICE|DIFFERS) \| (.*?) \|", README, re.M)
+    assert rows == tags() and len(rows) >= 8
+
+
+def test_the_results_table_is_that_of_the_json():
+    results = report.load([ROOT / "results/trace-mini.json"])
+    assert {*results} == {"floor", "lora", "task_lora", "moe_lora", "mose"}
+    for method, runs in results.items():
+        cells = [report.spread([r[key] for r in runs]) for key in ("op", "bwt", "op_tail")]
+        cells += [f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else ""]
+        assert f"| {method} | " + " | ".join(cells) + " |" in README
+
+
+def test_the_python_block_runs_as_it_stands():
+    block, = (text for kind, text in BLOCKS if kind == "python")
+    code = [line for line in block.splitlines() if line.strip() and "import" not in line]
+    assert len(code) <= 11
+    model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
+    ids = torch.tensor([tokenizer(f"{word} one two")["input_ids"][:3] for word in ("a", "b")])
+    tasks = {name: [(ids + i, torch.ones_like(ids), ids)] * 3 for i, name in enumerate(("x", "y"))}
+    scope = {"model": model, "tasks": tasks, "torch": torch}
+    exec(block, scope)
+    assert [*scope["mose"].tasks] == ["x", "y"] and scope["mose"].active == ["y", "y"]
+
+
+@pytest.mark.parametrize("line", [
+    line for kind, text in BLOCKS if kind == "bash"
+    for line in text.replace("\\\n", " ").splitlines() if "train_trace.py" in line])
+def test_the_commands_are_understood(line):
+    words = line.split("train_trace.py", 1)[1].split("#")[0].split()
+    assert train_trace.parse(words)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = next(text for kind, text in BLOCKS if "pytest -q" in text)
+    assert "pytest -q" in (ROOT / ".ci/run").read_text()
+    for package in re.search(r"requirements.txt (.*?) &&", command)[1].split():
+        assert package in (ROOT / ".ci/run").read_text()
+
+
+def test_every_link_to_a_file_resolves():
+    for page in (ROOT / "README.md", ROOT / "theory/README.md"):
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), (page, target)
+
+
+@pytest.mark.parametrize("file, limit", [
+    ("mose.py", 340), ("train_trace.py", 520), ("test_mose.py", 400), ("results/report.py", 200),
+    ("theory/moe_theory.py", 250)])
+def test_the_limits_of_length_hold(file, limit):
+    """Lines of code: without blank lines, comments and docstrings."""
+    import ast
+    import io
+    import tokenize
+
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert max(map(len, source.splitlines())) <= 100
+    docs, code = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                docs |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+            tokenize.ENDMARKER}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip:
+            code |= {*range(token.start[0], token.end[0] + 1)}
+    assert len(code - docs) <= limit
