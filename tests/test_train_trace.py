@@ -112,6 +112,17 @@ def test_accumulation_does_not_change_what_is_learned(base, micro_batch):
 # ------------------------------------------------------------------------------ the loop
 
 
+def test_prompts_of_any_length_and_script_are_learned_and_answered(tmp_path, monkeypatch):
+    texts = ["立场" * 20000, "Stadträte, " * 9000, "def f ( x ) : <EOL> " * 5000, "?"]
+    rows = [{"prompt": f"{i} {text}", "answer": f"{text[:3]}."} for i, text in enumerate(texts)]
+    data = task_folder(tmp_path / "data", json.dumps(rows), "long")
+    monkeypatch.chdir(tmp_path)
+    train_trace.main(Args(data=data, tasks="long", metric="long=rouge_l", epochs="1", methods="mose",
+                          max_prompt=64, device="cpu"))
+    result = json.loads((tmp_path / "runs/default/mose.json").read_text())
+    assert result["examples"] == {"long": [4, 4]} and result["task_id_accuracy"] == [100.0]
+
+
 def test_the_result_holds_everything_that_was_done(run):
     results, folder = run
     assert {*results} == {*train_trace.METHODS}
