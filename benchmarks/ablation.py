@@ -66,7 +66,6 @@ ROWS = {
     "scale 8": ("mose", {"scale": 8.0}, None),
     "scale 32 (now the default)": ("mose", {"scale": 32.0}, None),
     "scale 64": ("mose", {"scale": 64.0}, None),
-    "no mixture, E=1 R=64, scale 32": ("mose", {"experts": 1, "rank": 64, "scale": 32.0}, None),
     "lr 0.005": ("mose", {"lr": 0.005}, None),
     "lr 0.02": ("mose", {"lr": 0.02}, None),
     "scores start in 0 .. 0.1": ("mose", {}, ("redraw", wide_start)),
