@@ -402,7 +402,7 @@ def train(model, tokenizer, parameters, task, args, title):
         parts.append((prompt + answer, [-100] * len(prompt) + answer))
     plan = [*batches([len(ids) for ids, _ in parts], args.batch, task.epochs, rng)]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    seen = padded = 0
+    seen, padded, head = 0, 0, model.get_output_embeddings()
     model.train()
     bar = tqdm(plan, desc=title, unit="step", ncols=100)
     for step, batch in enumerate(bar):
@@ -416,9 +416,12 @@ def train(model, tokenizer, parameters, task, args, title):
             rows = [parts[i] for i in batch[start:start + size]]
             ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id)
             labels, _ = pad([labels for _, labels in rows], -100)
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            loss = F.cross_entropy(logits, labels.to(device), reduction="sum") / count
+            labels = labels[:, 1:].to(device)
+            wanted = labels != -100
+            # Logits of prompts are most of what a step holds in memory, and no loss reads them.
+            with head.register_forward_pre_hook(lambda _, x: x[0][:, :-1][wanted]):
+                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            loss = F.cross_entropy(logits.float(), labels[wanted], reduction="sum") / count
             loss.backward()
             total += loss.item()
             seen, padded = seen + mask.numel(), padded + int((mask == 0).sum())
