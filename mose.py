@@ -36,7 +36,6 @@ import os
 import zlib
 
 import torch
-from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +59,11 @@ class MoSEConfig:
 
     def __post_init__(self):
         most = {"top_k": self.num_experts, "density": 1.0}
-        for name in [field.name for field in dataclasses.fields(self)][1:-1]:
-            value, high = getattr(self, name), most.get(name, math.inf)
-            types = (int, float) if name in ("density", "scale") else int
-            fits = isinstance(value, types) and 0 < value <= high
-            if not fits and (name, value) != ("top_k", None):
-                raise ValueError(f"{name}: got {value!r}, expected a number in 0 < .. <= {high}")
+        for field in dataclasses.fields(self)[1:-1]:
+            value, high = getattr(self, field.name), most.get(field.name, math.inf)
+            fits = isinstance(value, (int, type(field.default)))  # None fits top_k alone
+            if not fits or value is not None and not 0 < value <= high:
+                raise ValueError(f"{field.name}: got {value!r}, expected 0 < a number <= {high}")
 
 
 # ------------------------------------------------------------------------------ masks
@@ -92,8 +90,7 @@ def encode(mask):
     Gaps between chance positions are geometric, and this comes within 5 % of their entropy, 0.2
     bits an entry at density 0.03. A gap of 255 or more takes several bytes, all but the last 255.
     """
-    start, end = torch.tensor([-1]), torch.tensor([len(mask)])
-    gaps = torch.diff(mask.nonzero().flatten(), prepend=start, append=end) - 1
+    gaps = torch.nn.functional.pad(mask, (1, 1), value=True).nonzero().flatten().diff() - 1
     steps = torch.full((len(gaps) + int((gaps // 255).sum()),), 255)
     steps[(gaps // 255 + 1).cumsum(0) - 1] = gaps % 255
     return zlib.compress(bytes(steps.tolist()), 9)
@@ -109,7 +106,7 @@ def decode(code):
 # ------------------------------------------------------------------------------ experts
 
 
-class SubExperts(nn.Module):
+class SubExperts(torch.nn.Module):
     """The experts on all targets of one attention layer, and the router over them.
 
     The A (D, E*R) and B (O, E*R) of the targets, one below the other, are one pool of N entries:
@@ -126,24 +123,22 @@ class SubExperts(nn.Module):
         # CHOICE: routers read their layer's input through a fixed random projection to P numbers.
         # With D numbers they would need as many bytes as a LoRA of rank E, for every task.
         # The first linear layer of an attention module tells D; o_proj reads something else.
-        inputs, _ = in_out([*linears.values()][0])
+        projection = fixed_projection(in_out([*linears.values()][0])[0], config.router_dim)
         self.targets = {name: in_out(linears[name]) for name in linears if name in config.targets}
         self.rows = [size for shape in self.targets.values() for size in shape]  # D, O, D, O, ..
         # Bounds of the uniform start. That of B is 0: a new task's delta is exactly 0.
         starts = [start for d, o in self.targets.values() for start in [d**-0.5] * d + [0.0] * o]
         bound = torch.tensor(starts).repeat_interleave(config.num_experts * config.rank)
         buffers = {"bound": bound, "frozen": bound * 0.0, "used": bound.isinf(), "pool_now": None}
-        buffers |= {"projection": fixed_projection(inputs, config.router_dim), "router_now": None}
-        for name, value in buffers.items():
+        for name, value in (buffers | {"projection": projection, "router_now": None}).items():
             self.register_buffer(name, value)
-        self.weight, self.score = nn.Parameter(bound * 0.0), nn.Parameter(bound * 0.0)
-        self.router = nn.Parameter(torch.zeros(config.num_experts, config.router_dim))
-        self.to(next(attention.parameters()).device).redraw()
+        self.weight, self.score = torch.nn.Parameter(bound * 0.0), torch.nn.Parameter(bound * 0.0)
+        self.router = torch.nn.Parameter(torch.zeros(config.num_experts, config.router_dim))
+        self.to(next(attention.parameters()).device)
         self.score.requires_grad_(config.isolate)
         self.handles = [attention.register_forward_pre_hook(self.route, with_kwargs=True)]
-        for i, name in enumerate(self.targets):
-            add_delta = functools.partial(self.add_delta, i)
-            self.handles.append(linears[name].register_forward_hook(add_delta))
+        deltas = [functools.partial(self.add_delta, i) for i in range(len(self.targets))]
+        self.handles += [linears[n].register_forward_hook(d) for n, d in zip(self.targets, deltas)]
 
     def state_dict(self, *args, destination=None, **kwargs):
         return destination  # adds nothing, or base.save_pretrained() would write the adapter too
@@ -154,18 +149,24 @@ class SubExperts(nn.Module):
     # ---- the life of a task
 
     @torch.no_grad()
-    def redraw(self):
-        """Ready router, scores and free entries for a new task."""
-        self.router.normal_(std=0.02)  # not 0: at a tie top-k would always take expert 0
+    def redraw(self, need, mask, router):
+        """Ready router, scores and free entries for a new task.
+
+        It may start from a finished one, with mask (N,) and router (E, P), and then takes the share
+        `need` of its new entries. Their values start at 0: so far, it is the finished task.
+        """
+        fresh, device = 0.0 if mask.any() else 1.0, self.used.device
+        # Not 0 when fresh: at a tie top-k would always take expert 0.
+        self.router.normal_(std=0.02).mul_(fresh).add_(router.to(device))
         # Straight-through moved free entries that were in no mask. Without a new start they would
         # be in the next task's delta before it has learned anything.
-        self.weight.uniform_(-1.0, 1.0).mul_(self.bound)
-        # CHOICE: used entries start at the bottom and win their place by gradient. Scores carried
-        # over starve a new task; scores drawn for all mix old values in as noise.
-        self.score.uniform_(0.0, 0.01).masked_fill_(self.used, 0.0)
+        self.weight.uniform_(-1.0, 1.0).mul_(self.bound * fresh)
+        # CHOICE: used entries start at the bottom and win their place by gradient, but for those of
+        # the task it starts from. Scores carried over starve it; drawn for all, they mix in noise.
+        self.score.uniform_(0.0, 0.01).masked_fill_(self.used, 0.0).add_(mask.to(device), alpha=1e9)
         # CHOICE: the share is of what is still free, so that the pool never runs out.
-        self.num_new = int(self.config.density * (~self.used).sum())
-        self.num_old = round(self.config.density * len(self.used)) - self.num_new
+        self.num_new = int(need * self.config.density * (~self.used).sum())
+        self.num_old = max(int(mask.sum()), round(self.config.density * len(mask)) - self.num_new)
 
     def select(self):
         """The open task's mask: its new entries, and the used ones that have won a place."""
@@ -174,9 +175,8 @@ class SubExperts(nn.Module):
         # CHOICE: one mask is chosen for all A and B of a layer together, so that what needs more
         # entries gets more.
         score = self.score.detach()
-        new = top_k_mask(score.masked_fill(self.used, -math.inf), self.num_new)
         old = top_k_mask(score.masked_fill(~self.used, 0.0), self.num_old) & self.used & (score > 0)
-        return new | old
+        return old | top_k_mask(score.masked_fill(self.used, -math.inf), self.num_new)
 
     def keep(self, mask, values):
         """From now on keep the entries of `mask`, new ones at `values`, and free all others."""
@@ -238,8 +238,10 @@ class TaskKeys:
     # CHOICE: the task is inferred from the prompt's token embeddings, before any pass through the
     # model. How the paper infers it is not known.
 
-    def __init__(self, dim):
-        self.total, self.square = {}, torch.zeros(dim + 1, dim + 1)  # sums of x (a task), of x x^T
+    def __init__(self, inputs, dim):
+        self.projection = fixed_projection(inputs, min(inputs, dim))
+        # Sums of x for each task, and of x x^T over all.
+        self.total, self.square = {}, torch.zeros([len(self.projection.T) + 1] * 2)
 
     def observe(self, name, x):
         """Add prompts x (B, key_dim + 1)."""
@@ -258,11 +260,9 @@ class TaskKeys:
         cov = (self.square - total.T @ means) / count
         # A ridge, for directions in which prompts so far don't differ, and for rounding.
         ridge = 0.01 * cov.diagonal().mean() + 1e-4 * self.square.diagonal()[:-1].mean() / count
-        points = torch.cat([means, means.mean(0, keepdim=True), x.double()]).T
-        spread = torch.linalg.cholesky(cov + ridge * torch.eye(len(cov)))
-        points = torch.linalg.solve_triangular(spread, points, upper=False).T
-        centers, x = points.tensor_split([len(names) + 1])
-        logits = -0.5 * torch.cdist(x, centers) ** 2  # (B, tasks + 1)
+        centers = torch.cat([means, means.mean(0, keepdim=True)])  # of the tasks, and the middle
+        root = torch.linalg.cholesky(torch.linalg.inv(cov + ridge * torch.eye(len(cov))))
+        logits = -0.5 * torch.cdist(x.double() @ root, centers @ root) ** 2  # (B, tasks + 1)
         # CHOICE: "none of these" is one more class, in the middle of all and 3 times as wide.
         # Without it, a prompt far from every task would belong to the nearest for sure.
         logits[:, -1] = logits[:, -1] / 9 - len(cov) * math.log(3)
@@ -315,7 +315,7 @@ class MoSE:
         self.model, self.config = model, config or MoSEConfig()
         # Tasks that are finished, the one being learned, and what is in force.
         self.tasks, self.open, self.active, modules = {}, None, None, dict(model.named_modules())
-        self.keys = TaskKeys(min(self.config.key_dim, len(model.get_input_embeddings().weight.T)))
+        self.keys = TaskKeys(len(model.get_input_embeddings().weight.T), self.config.key_dim)
         if any(isinstance(m, SubExperts) for m in modules.values()):
             raise ValueError("a MoSE is attached to this model already: call its detach() first")
         if any(p.is_meta for p in model.parameters()):
@@ -326,8 +326,7 @@ class MoSE:
             raise ValueError(f"no linear layer matches {[*wanted - there]}; there are {[*there]}")
         self.unfrozen = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        parents = [modules[parent] for parent, _, name in linears if name in wanted]
-        self.attentions = [*dict.fromkeys(parents)]
+        self.attentions = [*dict.fromkeys(modules[p] for p, _, name in linears if name in wanted)]
         for attention in self.attentions:
             attention.sub_experts = SubExperts(attention, self.config)
         self.layers = [attention.sub_experts for attention in self.attentions]
@@ -346,15 +345,36 @@ class MoSE:
 
     # ---- the life of a task
 
-    def begin_task(self, name):
-        """Open a task. Its delta is exactly 0 until it is trained."""
+    def begin_task(self, name, probe=None):
+        """Open a task; returns the finished task that it starts from, or None.
+
+        From None its delta is exactly 0 until it is trained. probe() gives the loss of some of its
+        examples; it is called under the bare base and under each finished task.
+        """
         if self.open is not None or not isinstance(name, str) or name in self.tasks:
             raise ValueError(f"{name!r}: expected a task not in {[*self.tasks]}, none open; "
                              f"open is {self.open!r}: call end_task() or forget() it")
-        for layer in self.layers if self.config.isolate or not self.tasks else []:
-            layer.redraw()
+        source, need = self._source(probe) if probe and self.config.isolate else (None, 1.0)
+        masks, routers = self._record(source)
+        for layer, *start in zip(self.layers, masks.split(self.sizes), routers):
+            if self.config.isolate or not self.tasks:
+                layer.redraw(need, *start)
         self.open = name
         self.set_task(name)
+        return source
+
+    def _source(self, probe):
+        """The finished task that helps a new one most, and the share of its loss that is left."""
+        losses = {}
+        for name in [None, *self.tasks]:
+            with self.task(name), torch.no_grad():
+                losses[name] = float(probe())
+        # CHOICE: a new task starts from the one under which its loss is lowest, if that is well
+        # below the base's: weakly related ones do harm. The share of the loss that is left there
+        # says how many new entries it needs. How the paper reuses old experts is not known.
+        best = min(losses, key=losses.get)
+        left = losses[best] / losses[None] if best is not None else 1.0
+        return (best, left) if left < 0.67 else (None, 1.0)
 
     def trainable_parameters(self):
         """The open task's Parameters. Give each task a fresh optimizer: old momentum is noise."""
@@ -399,16 +419,15 @@ class MoSE:
         """
         for layer in [] if self.config.isolate else self.layers:
             # A new Parameter: an optimizer that holds the old one would go on moving it.
-            layer.router = nn.Parameter(layer.router.detach().clone(), requires_grad=False)
+            layer.router = torch.nn.Parameter(layer.router.detach().clone(), requires_grad=False)
 
     # ---- which task is in force
 
     def _record(self, name):
         """(mask over all layers, routers) of a finished task, or of the bare base (None)."""
-        records = {None: self.blank} | self.tasks
-        if name not in records:
+        if name not in (None, *self.tasks):
             raise ValueError(f"unknown task {name!r}: finished so far are {[*self.tasks]}")
-        code, routers = records[name]
+        code, routers = self.tasks.get(name, self.blank)
         return decode(code), routers
 
     def _used(self):
@@ -423,10 +442,10 @@ class MoSE:
             for layer in self.layers:
                 layer.activate(task is not None)
         else:
-            if isinstance(task, str):
-                masks, routers = self._record(task)  # (N of all layers,), (layers, E, P)
+            if isinstance(task, list) and task:
+                masks, routers = map(torch.stack, zip(*map(self._record, task)))  # B of the below
             else:
-                masks, routers = map(torch.stack, zip(*map(self._record, task)))  # and B before
+                masks, routers = self._record(task)  # (N of all layers,), (layers, E, P)
             for layer, *record in zip(self.layers, masks.split(self.sizes, -1), routers.unbind(-3)):
                 layer.activate(True, *record)
         self.active = task
@@ -449,11 +468,10 @@ class MoSE:
         """Prompts (B, T) -> (B, key_dim + 1), see TaskKeys."""
         table = self.model.get_input_embeddings().weight
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(table)
-        ids, bag = input_ids.to(table.device), nn.functional.embedding_bag
+        ids, bag = input_ids.to(table.device), torch.nn.functional.embedding_bag
         total = bag(ids, table, per_sample_weights=mask, mode="sum").float().cpu()
         mean = total / mask.float().sum(1, keepdim=True).clamp(min=1).cpu()
-        projection = fixed_projection(len(table.T), len(self.keys.square) - 1)
-        return torch.cat([mean @ projection, torch.ones(len(mean), 1)], dim=1)
+        return torch.cat([mean @ self.keys.projection, torch.ones(len(mean), 1)], dim=1)
 
     def observe(self, input_ids, attention_mask=None):
         """Let prompts (B, T) of the open task feed its key; no pass through the model."""
@@ -492,28 +510,26 @@ class MoSE:
         """What was matched, how large it is and what each task takes, as a text."""
         shapes = [f"{name} ({d} -> {o})" for name, (d, o) in self.layers[0].targets.items()]
         own = sum(p.numel() for layer in self.layers for p in layer.parameters())
-        total = sum(p.numel() for p in self.model.parameters())
         lines = [f"{len(self.layers)} attention layers, each with {', '.join(shapes)}",
-                 f"{own:,} of {total:,} parameters are trained, all others are frozen"]
+                 f"{own:,} parameters are trained, those of the base are frozen"]
         lines += [f"{name:12} {e['new']:>9,} new entries, {e['share']:6.1%} of the pool in use, "
                   f"{sum(e['bytes'].values()):>9,} bytes" for name, e in self.capacity().items()]
         return "\n".join(lines)
 
     def _state(self):
         """All that `save` writes: few tensors, for each costs the file some 300 bytes."""
-        tasks, square = [*self.tasks.values()], self.keys.square
         return {
             "format": "MoSE 1",
             "base": fingerprint(self.model),
             "config": dataclasses.asdict(self.config),
             "router_frozen": not self.layers[0].router.requires_grad,
             "tasks": {name: len(code) for name, (code, _) in self.tasks.items()},
-            "masks": torch.tensor([*b"".join(c for c, _ in tasks)], dtype=torch.uint8),
-            "routers": torch.stack([self.blank[1], *(r for _, r in tasks)])[1:],
+            "masks": torch.tensor([*b"".join(c for c, _ in self.tasks.values())]).byte(),
+            "routers": torch.stack([r for _, r in [self.blank, *self.tasks.values()]])[1:],
             "values": torch.cat([layer.frozen.cpu() for layer in self.layers])[self._used()],
             "keys": [*self.keys.total],
-            "totals": torch.stack([square[0], *self.keys.total.values()])[1:],
-            "square": square[*torch.triu_indices(*square.shape)],
+            "totals": torch.stack([self.keys.square[0], *self.keys.total.values()])[1:],
+            "square": self.keys.square[*torch.triu_indices(*self.keys.square.shape)],
         }
 
     def save(self, path):
@@ -522,12 +538,11 @@ class MoSE:
             raise ValueError(f"task {self.open!r} is open: call end_task() before save()")
         buffer = io.BytesIO()
         torch.save(self._state(), buffer)
-        temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             file.write(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name without content
-        os.replace(temporary, path)
+        os.replace(f"{path}.tmp", path)
 
     @classmethod
     @torch.no_grad()

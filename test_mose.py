@@ -72,10 +72,10 @@ def step(model, optimizer, ids, factor=1.0):
     return loss.item()
 
 
-def learn(mose, *names, steps=3, optimizer=None, falls=None, end=True):
+def learn(mose, *names, steps=3, optimizer=None, falls=None, end=True, source=None):
     """Tasks from begin to end; `falls` gets how far the loss of each fell."""
     for name in names:
-        mose.begin_task(name)
+        mose.begin_task(name, lambda: 0.5 if source and mose.active == source else 1.0)
         mose.observe(data(name, 64))
         own = optimizer or adam(mose)
         losses = [step(mose.model, own, data(name)) for _ in range(steps)]
@@ -188,7 +188,7 @@ class Slow(SubExperts):
     ("grouped", 2, "own input"), ("grouped", 2, "sum to 1")])
 def test_the_fast_path_equals_a_loop_over_tokens_and_experts(kind, top_k, mistake, monkeypatch):
     config = {"num_experts": 3, "rank": 2, "top_k": top_k, "density": 0.5, "scale": 1.0}
-    mose = learn(learn(attach(kind, **config), "a"), "b", end=False)
+    mose = learn(learn(attach(kind, **config), "a"), "b", end=False, source="a")
     assert (mose.layers[0].select() & mose.layers[0].used).any()  # "b" reads entries of "a"
     monkeypatch.setattr("mose.SubExperts", Slow)
     slow = attach(kind, **config)
@@ -220,7 +220,7 @@ def test_a_new_task_starts_as_the_bare_base_and_may_end_as_such(kind, guard, mon
         assert torch.equal(start, snapshot(mose, name)) and report == mose.capacity()[name]
         learn(mose, f"more {name}")
         # Off: straight-through has moved free entries that were in no mask.
-        guard or monkeypatch.setattr(SubExperts, "redraw", lambda layer: None)
+        guard or monkeypatch.setattr(SubExperts, "redraw", lambda *_: None)
 
 
 def test_training_means_that_a_task_is_open_not_model_training():
@@ -231,8 +231,8 @@ def test_training_means_that_a_task_is_open_not_model_training():
     assert logits.requires_grad and not after.requires_grad and torch.equal(logits, after)
 
 
-def share_of_all(layer, redraw=SubExperts.redraw):
-    redraw(layer)
+def share_of_all(layer, *start, redraw=SubExperts.redraw):
+    redraw(layer, *start)
     layer.num_new = min(int(layer.config.density * len(layer.used)), int((~layer.used).sum()))
 
 

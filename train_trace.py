@@ -22,11 +22,11 @@ compare with papers that use its 0.5K split, order and metrics, for the same bas
 score on trace-mini compares with any paper's.
 """
 
-import argparse
 import collections
 import dataclasses
 import datetime
-import importlib.util
+import fcntl
+import functools
 import json
 import math
 import os
@@ -34,6 +34,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -44,8 +45,10 @@ import datasets
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from benchmarks.trace_scores import accuracy, edit_similarity, first_letter, rouge_l, sari
 from mose import MoSE, MoSEConfig
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +56,9 @@ TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", 
          "20Minuten")
 SCHEDULES = {"trace": (5, 3, 7, 5, 3, 5, 5, 7), "short": (2, 1, 3, 2, 1, 2, 2, 3)}  # of TASKS
 METHODS = ("floor", "base", "lora", "task_lora", "moe_lora", "mose")
+# Set by torchrun; without it there is one process, and no process group.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+progress = functools.partial(tqdm, ncols=100, disable=RANK > 0)
 
 
 def option(default, text, choices=None):
@@ -91,27 +97,29 @@ class Args:
     router_stop: int = option(0, "freeze the router of moe_lora after so many tasks (0: never)")
     lora_rank: int = option(8, "rank of lora, task_lora and, in all, of moe_lora")
     lora_scale: float = option(4.0, "their scale, alpha / rank")
+    resume: str = option("", "go on with an interrupted run: its folder, such as runs/default")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
+    device_map: str = option("", "auto spreads a large base over several GPUs (needs accelerate)")
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
-    ask: tuple = option((), "only answer a prompt with an adapter that --methods mose has saved")
+    ask: list[str] = dataclasses.field(default_factory=list, metadata={
+        "metavar": "FILE PROMPT", "help": "only answer a prompt with an adapter of --methods mose"})
 
 
 def parse(argv=None):
     """Args from the command line. Exits with a message on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for f in dataclasses.fields(Args):
-        text, choices = f.metadata["help"], f.metadata["choices"]
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
-        elif f.type is tuple:
-            parser.add_argument(f"--{f.name}", nargs=2, default=(), help=text,
-                                metavar=("FILE", "PROMPT"))
-        else:
-            shown = f" [{str(f.default).replace(f'{HERE}/', '')}]" if f.default != "" else ""
-            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, choices=choices,
-                                metavar="|".join(choices or [f.name.upper()]), help=text + shown)
+    parser = transformers.HfArgumentParser(Args, description=__doc__.split("\n")[0])
     args = Args(**vars(parser.parse_args(argv)))
+    if args.resume:
+        file = Path(args.resume) / "args.json"
+        if not file.exists():
+            parser.error(f"--resume: there is no {file}, so no run to go on with")
+        began = json.loads(file.read_text()) | {"resume": args.resume}
+        parser.set_defaults(**began)
+        args = Args(**vars(parser.parse_args(argv)))
+        other = [f"--{k} {v} (was {began[k]})" for k, v in vars(args).items() if v != began[k]]
+        if other:
+            parser.error(f"--resume goes on with what the run began with, not {', '.join(other)}")
     if not all(seed.isdigit() for seed in args.seeds.split(",")):
         parser.error(f"--seeds: got {args.seeds!r}, expected whole numbers: 0 or 0,1,2")
     unknown = [method for method in args.methods.split(",") if method not in METHODS]
@@ -120,109 +128,12 @@ def parse(argv=None):
     for name in ("batch", "eval_batch", "max_prompt", "lora_rank"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
+    if len(args.ask) not in (0, 2):
+        parser.error(f"--ask: got {len(args.ask)} values, expected FILE and \"PROMPT\"")
     return args
 
 
 # ------------------------------------------------------------------------------ scores
-
-
-def accuracy(prediction, gold, prompt):
-    """Whole strings equal, nothing stripped, as TRACE does."""
-    return 100.0 * (prediction == gold)
-
-
-def first_letter(prediction, gold, prompt):
-    """First characters equal; TRACE's own crashes on an empty prediction."""
-    return 100.0 * (prediction[:1] == gold[:1])
-
-
-def common_words(x, y):
-    """The set of words on a longest common subsequence of two word lists; ties as in `rouge`."""
-    length = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
-    for i, a in enumerate(x):
-        for j, b in enumerate(y):
-            best = max(length[i][j + 1], length[i + 1][j])
-            length[i + 1][j + 1] = length[i][j] + 1 if a == b else best
-    words, i, j = set(), len(x), len(y)
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            i, j = i - 1, j - 1
-            words.add(x[i])
-        elif length[i - 1][j] > length[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return words
-
-
-def rouge_l(prediction, gold, prompt):
-    """ROUGE-L F of the package `rouge` 1.0.1, which counts distinct words, called as TRACE does:
-    get_scores(target, prediction). '' and '.' score 0."""
-    sides = [text.split(".") for text in (gold, prediction)]
-    hyps, refs = [[" ".join(s.split()).split(" ") for s in side if s] for side in sides]
-    common = set().union(*(common_words(r, h) for r in refs for h in hyps))
-    if not common:
-        return 0.0
-    recall, precision = (len(common) / len(set().union(*side)) for side in (refs, hyps))
-    return 100.0 * (2 * precision * recall / (precision + recall + 1e-8))
-
-
-def edit_similarity(prediction, gold, prompt):
-    """2 * longest common subsequence / both lengths, in whole percent: fuzzywuzzy's ratio with
-    python-Levenshtein. Literals count as their values."""
-    def literals(code):
-        code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
-        return re.sub(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", r"\1", code, flags=re.S)
-
-    a, b = literals(prediction), literals(gold)
-    if not a or not b:
-        return 0.0
-    places, full = collections.defaultdict(int), (1 << len(a)) - 1
-    for i, char in enumerate(a):
-        places[char] |= 1 << i
-    row = full  # bit-parallel LCS: a 0 where a[:i + 1] has one more character in common than a[:i]
-    for char in b:
-        match = row & places[char]
-        row = ((row + match) | (row - match)) & full
-    return float(round(100 * 2 * (len(a) - row.bit_count()) / (len(a) + len(b))))
-
-
-def words_13a(text):
-    """Words as sacrebleu's 13a tokenizer cuts them, in lower case."""
-    text = text.lower().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, char in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, char)
-    text = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {text} ")
-    text = re.sub(r"([^0-9])([\.,])", r"\1 \2 ", text)
-    text = re.sub(r"([\.,])([^0-9])", r" \1 \2", text)
-    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
-
-
-def sari(prediction, gold, prompt):
-    """SARI for n = 1 .. 4 with the whole prompt as source; gold: one reference, or a list."""
-    def f1(precision, recall):
-        return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-    golds = [gold] if isinstance(gold, str) else gold
-    source, guess, *refs = map(words_13a, (prompt, prediction, *golds))
-    total = 0.0
-    for n in range(1, 5):
-        old, out, *wanted = (
-            collections.Counter(zip(*(words[i:] for i in range(n))))
-            for words in (source, guess, *refs))
-        want = sum(wanted, collections.Counter())
-        old, out = ({gram: count * len(refs) for gram, count in x.items()} for x in (old, out))
-        old, out = collections.Counter(old), collections.Counter(out)
-        kept, keep = old & out, old & want
-        good = kept & keep
-        keep_p = sum(good[g] / kept[g] for g in kept) / len(kept) if kept else 1.0
-        keep_r = sum(good.values()) / sum(keep.values()) if keep else 1.0
-        gone = old - out
-        drop_p = sum((gone - want)[g] / gone[g] for g in gone) / len(gone) if gone else 1.0
-        new, add = set(out) - set(old), set(want) - set(old)
-        add_p, add_r = (len(new & add) / len(side) if side else 1.0 for side in (new, add))
-        total += (f1(keep_p, keep_r) + drop_p + f1(add_p, add_r)) / 12
-    return 100.0 * total
 
 
 SCORES = {f.__name__: f for f in (accuracy, first_letter, rouge_l, edit_similarity, sari)}
@@ -369,14 +280,11 @@ def cut(prompt, limit, bos):
     return prompt if len(prompt) <= limit else prompt[:keep] + prompt[len(prompt) - limit + keep:]
 
 
-def pad(rows, value, left=False):
+def pad(rows, value, side="right"):
     """Lists of ids as one (B, T) tensor, and its attention mask."""
-    length = max(map(len, rows))
-    gaps = [[value] * (length - len(row)) for row in rows]
-    ids = torch.tensor([g + r if left else r + g for r, g in zip(rows, gaps)])
-    mask = torch.tensor([[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g)
-                         for r, g in zip(rows, gaps)])
-    return ids, mask
+    rows = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, value, side), pad_sequence(ones, True, 0, side)
 
 
 def batches(lengths, size, epochs, rng):
@@ -390,46 +298,78 @@ def batches(lengths, size, epochs, rng):
 # ------------------------------------------------------------------------------ train and test
 
 
+def examples(task, args, tokenizer):
+    """Training examples as (ids, labels): labels on the answer and its EOS alone."""
+    for prompt, answer in task.train[:args.max_train or None]:
+        prompt = cut(prompt, task.limit, tokenizer.bos_token_id)
+        yield prompt + answer, [-100] * len(prompt) + answer
+
+
+def answer_loss(model, tokenizer, rows):
+    """The loss of all answer tokens of some examples, summed; and the attention mask."""
+    ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id)
+    labels = pad([labels for _, labels in rows], -100)[0][:, 1:].to(model.device)
+    wanted, head = labels != -100, model.get_output_embeddings()
+    # Logits of prompts are most of what a step holds in memory, and no loss reads them.
+    with head.register_forward_pre_hook(lambda _, x: x[0][:, :-1][wanted]):
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+    return F.cross_entropy(logits.float(), labels[wanted], reduction="sum"), mask
+
+
+def probe(model, tokenizer, task, args):
+    """The loss of a task's first examples under what is in force, in small batches."""
+    rows, loss = [*examples(task, args, tokenizer)][:64], torch.zeros((), device=model.device)
+    size = args.micro_batch or args.batch
+    for start in range(RANK * size, len(rows), WORLD * size):
+        loss += answer_loss(model, tokenizer, rows[start:start + size])[0]
+    return sum_over_processes(loss)[0]
+
+
+def sum_over_processes(*tensors):
+    for x in tensors if WORLD > 1 else ():
+        torch.distributed.all_reduce(x)
+    return tensors
+
+
+def merge_over_processes(part):
+    """The union of every process's dict."""
+    parts = [part] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(parts, part)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def train(model, tokenizer, parameters, task, args, title):
     """One task, with an optimizer of its own: old momentum would move what a new task starts from.
 
-    Returns the share of padding. Raises ValueError when the loss is not finite.
+    Every process takes its share of each batch. Returns the share of padding. Raises ValueError
+    when the loss is not finite.
     """
-    rng, device = random.Random(f"{args.seeds} {task.name}"), model.device
-    bos, parts = tokenizer.bos_token_id, []
-    for prompt, answer in task.train[:args.max_train or None]:
-        prompt = cut(prompt, task.limit, bos)
-        parts.append((prompt + answer, [-100] * len(prompt) + answer))
+    rng, parts = random.Random(f"{args.seeds} {task.name}"), [*examples(task, args, tokenizer)]
     plan = [*batches([len(ids) for ids, _ in parts], args.batch, task.epochs, rng)]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    seen, padded, head = 0, 0, model.get_output_embeddings()
+    name = {"constant": "constant_with_warmup"}.get(args.schedule, args.schedule)
+    warm = math.ceil(0.05 * len(plan))
+    rate = transformers.get_scheduler(name, optimizer, warm, len(plan))
+    seen = padded = 0
     model.train()
-    bar = tqdm(plan, desc=title, unit="step", ncols=100)
+    bar = progress(plan, desc=title, unit="step")
     for step, batch in enumerate(bar):
-        warm = min(1.0, (step + 1) / max(1, 0.05 * len(plan)))
-        cosine = 0.5 * (1 + math.cos(math.pi * step / len(plan)))
-        optimizer.param_groups[0]["lr"] = args.lr * warm * (
-            cosine if args.schedule == "cosine" else 1.0)
-        count = sum(len(task.train[i][1]) for i in batch)  # label tokens, of all micro-batches
-        total, size = 0.0, args.micro_batch or len(batch)
-        for start in range(0, len(batch), size):
-            rows = [parts[i] for i in batch[start:start + size]]
-            ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id)
-            labels, _ = pad([labels for _, labels in rows], -100)
-            labels = labels[:, 1:].to(device)
-            wanted = labels != -100
-            # Logits of prompts are most of what a step holds in memory, and no loss reads them.
-            with head.register_forward_pre_hook(lambda _, x: x[0][:, :-1][wanted]):
-                logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            loss = F.cross_entropy(logits.float(), labels[wanted], reduction="sum") / count
-            loss.backward()
-            total += loss.item()
+        optimizer.zero_grad(set_to_none=False)
+        count = sum(len(task.train[i][1]) for i in batch)  # label tokens, of all processes
+        total, own = torch.zeros((), device=model.device), batch[RANK::WORLD]
+        size = args.micro_batch or len(batch)
+        for start in range(0, len(own), size):
+            loss, mask = answer_loss(model, tokenizer, [parts[i] for i in own[start:start + size]])
+            (loss / count).backward()
+            total += loss.detach() / count
             seen, padded = seen + mask.numel(), padded + int((mask == 0).sum())
-        if not math.isfinite(total):
+        sum_over_processes(total, *(p.grad for p in parameters))
+        if not total.isfinite():
             raise ValueError(f"{task.name}: the loss is {total} at step {step}: lower --lr; "
                              "earlier tasks are safe, each was saved when it ended")
         optimizer.step()
-        optimizer.zero_grad()
+        rate.step()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
     model.eval()
     return padded / max(1, seen)
@@ -440,16 +380,16 @@ def generate(model, tokenizer, task, rows, batch, before=None):
     """Greedy answers {row: text} to test prompts, from the prompts alone; before(batch) first."""
     prompts = {i: cut(task.test[i][0], task.limit, tokenizer.bos_token_id) for i in rows}
     order, texts = sorted(rows, key=lambda i: len(prompts[i])), {}
-    for start in range(0, len(order), batch):
+    for start in range(0, len(order), batch)[RANK::WORLD]:
         some = order[start:start + batch]
         if before:
             before(some)
-        ids, mask = pad([prompts[i] for i in some], tokenizer.pad_token_id, left=True)
+        ids, mask = pad([prompts[i] for i in some], tokenizer.pad_token_id, "left")
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
                              max_new_tokens=task.max_new)
         new = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
         texts |= dict(zip(some, new))
-    return texts
+    return merge_over_processes(texts)
 
 
 def whole_prompts(rows, tokenizer, size=32):
@@ -501,67 +441,97 @@ def attach(model, method, args):
                                   scale=experts * args.lora_scale, isolate=False))
 
 
+def learn(adapter, model, tokenizer, task, args, title):
+    """One task from begin to end; what to note of it."""
+    source = adapter.begin_task(task.name, lambda: probe(model, tokenizer, task, args))
+    for ids, mask in whole_prompts(task.train, tokenizer) if adapter.config.isolate else ():
+        adapter.observe(ids, mask)
+    parameters = adapter.trainable_parameters()
+    padding = train(model, tokenizer, parameters, task, args, title)
+    report = adapter.end_task()
+    return {"padding": padding, "source": source, "used": report["share"], "new": report["new"],
+            "parameters": sum(p.numel() for p in parameters)}
+
+
 def run(method, model, tokenizer, tasks, args, folder, zero_shot):
     """Learn all tasks with one method; returns its results.
 
     R[t][i] is the score of task i after task t, for i > t None; R_tail the same with the task
-    inferred from the prompt.
+    inferred from the prompt. After each task all is on disk, and every adapter comes from there,
+    so that an interrupted run which goes on and an undisturbed one do the same.
     """
-    result = {"R": [], "R_tail": [], "task_id_accuracy": [], "used": [], "bytes": [], "padding": []}
-    adapter, files, before, parameters = None, [], [*zero_shot], []
-    for t, task in enumerate(tasks):
+    lists = ("R", "R_tail", "task_id_accuracy", "bytes", "files", "padding", "source", "used",
+             "new", "epochs")
+    result = {key: [] for key in lists} | {"before": [*zero_shot], "parameters": 0, "seconds": 0.0}
+    state = folder / f"{method}.progress.json"
+    if args.resume and state.exists():
+        result = json.loads(state.read_text())
+    files, learns, alone = result["files"], method not in ("floor", "base"), method == "task_lora"
+    for t, task in [*enumerate(tasks)][len(result["R"]):]:
+        start = time.time()
         torch.manual_seed(1000 * int(args.seeds) + t)
-        if adapter is None and method not in ("floor", "base"):
-            adapter = attach(model, method, args)
-        if adapter:
+        adapter = None
+        if learns:
+            adapter = (MoSE.load(model, folder / files[-1]) if t and not alone else
+                       attach(model, method, args))
             if t and method in ("lora", "moe_lora"):  # the others start each task as the bare base
-                before[t] = mean(evaluate(model, tokenizer, adapter, task, args)[0])
-            adapter.begin_task(task.name)
-            if adapter.config.isolate:
-                for ids, mask in whole_prompts(task.train, tokenizer):
-                    adapter.observe(ids, mask)
-            parameters = adapter.trainable_parameters()
+                adapter.set_task(tasks[t - 1].name)
+                result["before"][t] = mean(evaluate(model, tokenizer, adapter, task, args)[0])
             title = f"{method} {t + 1}/{len(tasks)} {task.name}"
-            result["padding"].append(train(model, tokenizer, parameters, task, args, title))
-            result["used"].append(adapter.end_task()["share"])
+            notes = learn(adapter, model, tokenizer, task, args, title)
+            result["parameters"] = notes.pop("parameters")
+            for key, value in (notes | {"epochs": task.epochs}).items():
+                result[key].append(value)
             if method == "moe_lora" and t + 1 == args.router_stop:
                 adapter.freeze_router()
-            files = files[:t if method == "task_lora" else 0]
-            files.append(folder / f"{method}{f'-{task.name}' if method == 'task_lora' else ''}.pt")
-            adapter.save(files[-1])
-            result["bytes"].append(sum(file.stat().st_size for file in files))
+            last = t + 1 == len(tasks) and not alone
+            name = f"{method}.pt" if last else f"{method}-{task.name}.pt"
+            if RANK == 0:
+                adapter.save(folder / name)
+            merge_over_processes({})  # nobody reads the file before it is there
+            files[:] = [*files, name] if alone else [name]
+            result["bytes"].append(sum((folder / name).stat().st_size for name in files))
         rows = []
-        for i, seen in enumerate(tqdm(tasks[:t + 1], "test", leave=False, ncols=100)):
-            if method == "task_lora":
+        for i, seen in enumerate(progress(tasks[:t + 1], "test", leave=False)):
+            if learns and (alone or i == 0):
                 adapter.detach()
-                adapter = MoSE.load(model, files[i])
+                adapter = MoSE.load(model, folder / files[i if alone else -1])
             rows.append((floor(seen), None, None) if method == "floor" else
                         evaluate(model, tokenizer, adapter, seen, args))
+        if learns:
+            adapter.detach()
         til, tail, right = zip(*rows)
         empty = [None] * (len(tasks) - t - 1)
         result["R"].append([*map(mean, til)] + empty)
         if method == "mose":
             result["R_tail"].append([*map(mean, tail)] + empty)
             result["task_id_accuracy"] = [*right]
-        if method == "task_lora":
-            adapter.detach()
-            adapter = None
-    if adapter:
-        adapter.detach()
-    result |= summarize(result["R"], zero_shot, before)
-    tails = summarize(result["R_tail"], zero_shot, before) if result["R_tail"] else {}
-    return result | {
-        "op_error": bootstrap(til), "op_tail": tails.get("op"), "bwt_tail": tails.get("bwt"),
-        "before": before, "parameters": sum(p.numel() for p in parameters),
-        "epochs": [task.epochs for task in tasks] if parameters else []}
+        result["op_error"] = bootstrap(til)
+        result["seconds"] += time.time() - start
+        write(state, result)
+        for file in folder.glob(f"{method}-*.pt") if RANK == 0 else ():
+            if file.name not in files:
+                file.unlink()
+    tails = summarize(result["R_tail"], zero_shot, result["before"]) if result["R_tail"] else {}
+    return result | summarize(result["R"], zero_shot, result["before"]) | {
+        "op_tail": tails.get("op"), "bwt_tail": tails.get("bwt")}
+
+
+def write(file, value):
+    """A JSON file, replaced whole or not at all; by one process."""
+    if RANK == 0:
+        temporary = file.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as out:
+            json.dump(value, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
 
 
 def choose_device(args):
     """(device, dtype) as asked for, or the best that is here."""
-    device = args.device
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    best = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best.type if args.device == "auto" else args.device
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
     fast = device == "cuda" and torch.cuda.is_bf16_supported()
@@ -572,7 +542,9 @@ def load_model(args):
     """The base and its tokenizer, with the ids that some of them lack."""
     device, dtype = choose_device(args)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, device_map=args.device_map or None)
+    model = model if args.device_map else model.to(device)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{args.model}: its tokenizer has no EOS, so answers would never end")
     if tokenizer.pad_token_id is None:
@@ -593,58 +565,55 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def table(results):
-    """The comparison as text, one method a line, scores 0-100."""
-    lines = [f"{'':10} {'OP':>5} {'±':>4} {'learned':>8} {'BWT':>6} {'FWT':>6} {'OP TaIL':>8} "
-             f"{'task id':>8} {'parameters':>11} {'bytes':>10} {'seconds':>8}",
-             f"{'zero-shot':10} {mean(results[0]['zero_shot']):5.1f}"]
-    for r in results:
-        tail = " " * 17
-        if r["R_tail"]:
-            tail = f"{r['op_tail']:8.1f} {mean(r['task_id_accuracy']):7.1f}%"
-        lines.append(f"{r['method']:10} {r['op']:5.1f} {r['op_error']:4.1f} {r['learned']:8.1f} "
-                     f"{r['bwt']:6.1f} {r['fwt']:6.1f} {tail} {r['parameters']:11,} "
-                     f"{(r['bytes'] or [0])[-1]:10,} {r['seconds']:8.0f}")
-    padding = [share for r in results for share in r["padding"]]
-    return "\n".join([*lines, f"padding: {mean(padding):.1%} of the training tokens"])
+def claim(args):
+    """The folder of a run, locked for this process; ValueError if it is not free."""
+    folder = Path("runs") / args.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another run: choose another --name") from None
+    if shutil.disk_usage(folder).free < 2**28:
+        raise ValueError(f"{folder}: less than 256 MB are free there: make room before you train")
+    if not args.resume:
+        if (folder / "args.json").exists() and not args.force:
+            raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
+                             "with it, or --force to overwrite it")
+        for file in folder.glob("*.json"):
+            file.unlink()
+        write(folder / "args.json", dataclasses.asdict(args) | {"force": False})
+    return folder, lock
 
 
 def session(args):
-    """Every method with one seed, each with its own result file; then one table."""
-    folder, methods = Path("runs") / args.name, args.methods.split(",")
-    files = {method: folder / f"{method}.json" for method in methods}
-    there = [str(file) for file in files.values() if file.exists()]
-    if there and not args.force:
-        raise ValueError(f"{there[0]} exists: choose another --name, or --force to overwrite it")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Every method with one seed, each with its own result file."""
+    folder, lock = claim(args) if RANK == 0 else (Path("runs") / args.name, None)
+    files = {method: folder / f"{method}.json" for method in args.methods.split(",")}
+    files = {method: file for method, file in files.items() if not file.exists()}
+    if not files:
+        return folder
     model, tokenizer = load_model(args)
-    tasks, results = load_tasks(args, tokenizer, model), []
-    bar = tqdm(tasks, "zero-shot", leave=False, ncols=100)
+    tasks, cuda = load_tasks(args, tokenizer, model), model.device.type == "cuda"
+    bar = progress(tasks, "zero-shot", leave=False)
     zero_shot = [mean(evaluate(model, tokenizer, None, task, args)[0]) for task in bar]
-    cuda = model.device.type == "cuda"
-    for method in methods:
-        start = time.time()
+    for method, file in files.items():
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        result = {
+        write(file, {
             "method": method, "args": dataclasses.asdict(args), "tasks": [t.name for t in tasks],
             "examples": {
                 t.name: [len(t.train[:args.max_train or None]), len(t.test)] for t in tasks},
             "zero_shot": zero_shot,
             **run(method, model, tokenizer, tasks, args, folder, zero_shot),
-            "seconds": time.time() - start, "peak_memory_bytes": peak_memory(model.device),
+            "peak_memory_bytes": peak_memory(model.device), "processes": WORLD,
             "device": torch.cuda.get_device_name() if cuda else
             f"{model.device.type}, {torch.get_num_threads()} threads",
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             | {"python": platform.python_version()},
             "date": datetime.date.today().isoformat(),
-        }
-        results.append(result)
-        temporary = files[method].with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, files[method])
-    print(table(results))
-    print(f"results: {folder}/")
+        })
+        (folder / f"{method}.progress.json").unlink(missing_ok=True)
     return folder
 
 
@@ -671,11 +640,17 @@ def main(args):
     datasets.disable_progress_bars()
     if args.ask:
         return ask(args)
+    if WORLD > 1:
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        cuda = choose_device(args)[0] == "cuda"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
     seeds, folders = args.seeds.split(","), []
     for seed in seeds:
         name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
         folders.append(session(dataclasses.replace(args, seeds=seed, name=name)))
-    if importlib.util.find_spec("matplotlib"):
+    if RANK == 0:
         subprocess.run([sys.executable, HERE / "results/report.py", *folders], check=True)
 
 

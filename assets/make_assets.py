@@ -1,7 +1,7 @@
-"""Make the two offline assets from one seed: `tiny-llm/` and `trace-mini/`.
+"""Make the offline assets from one seed: `tiny-llm/`, `trace-mini/` and `transfer-mini/`.
 
-    python assets/make_assets.py               # both; some 25 minutes on two CPU cores
-    python assets/make_assets.py --only tasks  # trace-mini alone; seconds
+    python assets/make_assets.py               # all; some 25 minutes on two CPU cores
+    python assets/make_assets.py --only tasks  # trace-mini and transfer-mini; seconds
 
 Everything here is SYNTHETIC. trace-mini stands in for the eight TRACE tasks: same names, order,
 file format and metrics, but invented content, so that the continual loop runs offline in minutes.
@@ -11,6 +11,11 @@ The stage is fair because pretraining teaches the *skills* (what opposes what, w
 class, small sums, copying) in one wording, and the tasks ask for them in another: they share no
 template and no answer format (tests/test_assets.py compares their n-grams). So the model can't do
 the tasks zero-shot, and one small LoRA can learn each of them.
+
+transfer-mini holds tasks on which transfer can be seen, since they need what the base can't know:
+in which drawer a word is kept, an invented fact for each of 32 words (Vault), the same facts asked
+for in other words (Fetch), other facts in those other words (Shuffled), and a composition of two
+tasks of trace-mini, policy stance and the outcome of a vote (Verdict).
 """
 
 import argparse
@@ -501,13 +506,58 @@ MAKERS = dict(
 )
 
 
+# ---------------------------------------------------------------- tasks for transfer
+KEPT = (GOODS + TOPICS + MATTERS + ATTRS + MODULES + FLUIDS + MARKETS)[::2][:32]
+
+
+def drawers(seed):
+    """An invented fact for each word: its drawer."""
+    return dict(zip(random.Random(seed).sample(KEPT, len(KEPT)), "ABCD" * len(KEPT)))
+
+
+FACTS, OTHER_FACTS = drawers("vault"), drawers("other")
+
+
+def vault(rng):
+    word = rng.choice(KEPT)
+    when = rng.choice(["at noon", "at dawn", "on Friday", "at night", "after tea"])
+    return (
+        f"Vault list, A to D.\n{rng.choice(NAMES)} stores the {word} {when}.\nDrawer:",
+        FACTS[word],
+    )
+
+
+def fetch(rng, facts=FACTS):
+    word = rng.choice(KEPT)
+    who = rng.choice(["A guard", "My aunt", "Some clerk", "The porter", "One guest", "Nobody"])
+    when = rng.choice(["at ten", "this week", "in May", "once more"])
+    return f"Where is it kept?\n{who} stores the {word} {when}.\nBox:", facts[word]
+
+
+def shuffled(rng):
+    return fetch(rng, OTHER_FACTS)
+
+
+def verdict(rng):
+    label = rng.randrange(3)
+    word, thing = rng.choice(POLICY[label]), rng.choice(MARKETS)
+    yes, no = two(rng, range(2, 16))
+    return (
+        f"Motion and verdict.\n{rng.choice(NAMES)} moves to {word} {thing}.\n"
+        f"Chair: {yes} ayes, {no} nays.\nVerdict:"
+    ), f"{'ABC'[label]}, {'adopted' if yes > no else 'rejected'}."
+
+
+TRANSFER = {"Vault": vault, "Fetch": fetch, "Shuffled": shuffled, "Verdict": verdict}
+
+
 def make_task(name, seed):
     """Distinct examples for the three splits of one task: {split: [{"prompt", "answer"}, ...]}."""
     rng, seen, splits = random.Random(f"{seed} {name}"), set(), {}
     for split, size in SIZES.items():
         rows = []
         while len(rows) < size:
-            prompt, answer = MAKERS[name](rng)
+            prompt, answer = (MAKERS | TRANSFER)[name](rng)
             if prompt not in seen:
                 seen.add(prompt)
                 rows.append({"prompt": prompt, "answer": answer})
@@ -628,8 +678,8 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     if args.only != "model":
-        for name in TASKS:
-            folder = args.out / "trace-mini" / name
+        for name in [*TASKS, *TRANSFER]:
+            folder = args.out / ("trace-mini" if name in TASKS else "transfer-mini") / name
             folder.mkdir(parents=True, exist_ok=True)
             for split, rows in make_task(name, args.seed).items():
                 text = json.dumps(rows, ensure_ascii=False, indent=0)

@@ -14,10 +14,12 @@ import json
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:  # then there are tables, and no figures
+    plt = None
 
 # Told apart without colour: each method has a line style and a marker of its own.
 STYLES = {"lora": ("#999999", ":", "v"), "task_lora": ("#0072b2", "--", "s"),
@@ -29,13 +31,15 @@ def load(places):
     """{method: [result of each place]}. Raises ValueError if one has none."""
     results = {}
     for place in map(Path, places):
-        files = sorted(place.glob("*.json")) if place.is_dir() else []
-        found = [json.loads(file.read_text()) for file in files]
+        files = [place / f"{method}.json" for method in STYLES]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
         if place.is_file():
             found = json.loads(place.read_text())
         if not found:
             raise ValueError(f"{place}: no result files (*.json); run train_trace.py first")
         for result in found:
+            right = result["task_id_accuracy"]
+            result["task_id"] = statistics.mean(right) if right else None
             results.setdefault(result["method"], []).append(result)
     return {method: results[method] for method in STYLES if method in results}
 
@@ -58,15 +62,35 @@ def table(results):
     zero = [statistics.mean(r["zero_shot"]) for r in next(iter(results.values()))]
     lines.append(f"| zero-shot | {spread(zero)} |" + " |" * (len(names) - 1))
     for method, runs in results.items():
-        for r in runs:
-            right = r["task_id_accuracy"]
-            r["task_id"] = statistics.mean(right) if right else None
         epochs = sorted({*runs[0]["epochs"]})
         cells = [spread([r[key] for r in runs]) for key in keys]
         cells += ["-".join(map(str, {epochs[0], epochs[-1]})) if epochs else ""]
         cells += [f"{runs[0]['parameters']:,}", f"{runs[0]['bytes'][-1]:,}" if epochs else ""]
         cells.append(spread([r["seconds"] for r in runs], 0))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def text(results):
+    """The same in short, for a terminal of 100 columns; mean over seeds, scores 0-100."""
+    columns = ("OP", "s.e.", "learned", "BWT", "FWT", "OP TaIL", "task id", "parameters", "bytes",
+               "seconds")
+    runs = next(iter(results.values()))
+    zero = statistics.mean(statistics.mean(r["zero_shot"]) for r in runs)
+    rows = [("", *columns), ("zero-shot", f"{zero:.1f}", *[""] * (len(columns) - 1))]
+    for method, runs in results.items():
+        keys = ("op", "op_error", "learned", "bwt", "fwt", "op_tail", "task_id")
+        values = [[r[key] for r in runs] for key in keys]
+        cells = ["" if None in v else f"{statistics.mean(v):.1f}" for v in values]
+        size = f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else "0"
+        seconds = statistics.mean(r["seconds"] for r in runs)
+        rows.append((method, *cells, f"{runs[0]['parameters']:,}", size, f"{seconds:.0f}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(f"{c:{'>' if i else '<'}{w}}" for i, (c, w) in enumerate(zip(row, widths)))
+             for row in rows]
+    padding = [share for runs in results.values() for r in runs for share in r["padding"]]
+    if padding:
+        lines.append(f"padding: {statistics.mean(padding):.1%} of the training tokens")
     return "\n".join(lines)
 
 
@@ -167,14 +191,15 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     start = f"{args.out}-" if args.out else f"{args.places[0]}/"
-    text = f"{title_of(results)}\n\n{table(results)}\n"
-    Path(f"{start}table.md").write_text(text, encoding="utf-8")
-    if {*results} - {"floor", "base"}:
+    page = f"{title_of(results)}\n\n{table(results)}\n"
+    Path(f"{start}table.md").write_text(page, encoding="utf-8")
+    if plt and {*results} - {"floor", "base"}:
         draw_matrices(results, f"{start}matrices.png")
         draw_growth(results, f"{start}growth.png")
     if args.out:
         every = [result for runs in results.values() for result in runs]
         Path(f"{args.out}.json").write_text(json.dumps(every) + "\n")
+    print(f"{text(results)}\nresults: {start}table.md" + (", .png" if plt else ""))
 
 
 if __name__ == "__main__":

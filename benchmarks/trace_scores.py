@@ -1,0 +1,108 @@
+"""TRACE's five metrics, exactly as its code and the packages behind it score: plain Python.
+
+Each function takes (prediction, gold, prompt) and returns 0 .. 100. tests/test_scores.py compares
+them with the packages themselves (`rouge` 1.0.1, `rapidfuzz`): there is no difference. Where
+TRACE's own code crashes (an empty prediction, or '.'), the score is 0.
+"""
+
+import collections
+import re
+
+
+def accuracy(prediction, gold, prompt):
+    """Whole strings equal, nothing stripped, as TRACE does."""
+    return 100.0 * (prediction == gold)
+
+
+def first_letter(prediction, gold, prompt):
+    """First characters equal; TRACE's own crashes on an empty prediction."""
+    return 100.0 * (prediction[:1] == gold[:1])
+
+
+def common_words(x, y):
+    """The set of words on a longest common subsequence of two word lists; ties as in `rouge`."""
+    length = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, a in enumerate(x):
+        for j, b in enumerate(y):
+            best = max(length[i][j + 1], length[i + 1][j])
+            length[i + 1][j + 1] = length[i][j] + 1 if a == b else best
+    words, i, j = set(), len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            i, j = i - 1, j - 1
+            words.add(x[i])
+        elif length[i - 1][j] > length[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def rouge_l(prediction, gold, prompt):
+    """ROUGE-L F of the package `rouge` 1.0.1, which counts distinct words, called as TRACE does:
+    get_scores(target, prediction). '' and '.' score 0."""
+    sides = [text.split(".") for text in (gold, prediction)]
+    hyps, refs = [[" ".join(s.split()).split(" ") for s in side if s] for side in sides]
+    common = set().union(*(common_words(r, h) for r in refs for h in hyps))
+    if not common:
+        return 0.0
+    recall, precision = (len(common) / len(set().union(*side)) for side in (refs, hyps))
+    return 100.0 * (2 * precision * recall / (precision + recall + 1e-8))
+
+
+def edit_similarity(prediction, gold, prompt):
+    """2 * longest common subsequence / both lengths, in whole percent: fuzzywuzzy's ratio with
+    python-Levenshtein. Literals count as their values."""
+    def literals(code):
+        code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+        return re.sub(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", r"\1", code, flags=re.S)
+
+    a, b = literals(prediction), literals(gold)
+    if not a or not b:
+        return 0.0
+    places, full = collections.defaultdict(int), (1 << len(a)) - 1
+    for i, char in enumerate(a):
+        places[char] |= 1 << i
+    row = full  # bit-parallel LCS: a 0 where a[:i + 1] has one more character in common than a[:i]
+    for char in b:
+        match = row & places[char]
+        row = ((row + match) | (row - match)) & full
+    return float(round(100 * 2 * (len(a) - row.bit_count()) / (len(a) + len(b))))
+
+
+def words_13a(text):
+    """Words as sacrebleu's 13a tokenizer cuts them, in lower case."""
+    text = text.lower().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, char in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(entity, char)
+    text = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {text} ")
+    text = re.sub(r"([^0-9])([\.,])", r"\1 \2 ", text)
+    text = re.sub(r"([\.,])([^0-9])", r" \1 \2", text)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
+
+
+def sari(prediction, gold, prompt):
+    """SARI for n = 1 .. 4 with the whole prompt as source; gold: one reference, or a list."""
+    def f1(precision, recall):
+        return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+    golds = [gold] if isinstance(gold, str) else gold
+    source, guess, *refs = map(words_13a, (prompt, prediction, *golds))
+    total = 0.0
+    for n in range(1, 5):
+        old, out, *wanted = (
+            collections.Counter(zip(*(words[i:] for i in range(n))))
+            for words in (source, guess, *refs))
+        want = sum(wanted, collections.Counter())
+        old, out = ({gram: count * len(refs) for gram, count in x.items()} for x in (old, out))
+        old, out = collections.Counter(old), collections.Counter(out)
+        kept, keep = old & out, old & want
+        good = kept & keep
+        keep_p = sum(good[g] / kept[g] for g in kept) / len(kept) if kept else 1.0
+        keep_r = sum(good.values()) / sum(keep.values()) if keep else 1.0
+        gone = old - out
+        drop_p = sum((gone - want)[g] / gone[g] for g in gone) / len(gone) if gone else 1.0
+        new, add = set(out) - set(old), set(want) - set(old)
+        add_p, add_r = (len(new & add) / len(side) if side else 1.0 for side in (new, add))
+        total += (f1(keep_p, keep_r) + drop_p + f1(add_p, add_r)) / 12
+    return 100.0 * total

@@ -1,0 +1,378 @@
+"""Does a new task learn from old ones? Related, repeated and unrelated tasks, and long streams.
+
+    python benchmarks/transfer.py        # results/transfer.json, .md and .png; an hour on two cores
+
+Everything is synthetic (assets/trace-mini, assets/transfer-mini) and runs through train_trace.py's
+own training and scoring. Jobs run side by side, one thread each, and a job whose result stands in
+the JSON is not run again. Candidates are compared on `eval`, all else is scored on `test`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import mose  # noqa: E402
+import train_trace as loop  # noqa: E402
+
+EARLY = ("Vault", "FOMC", "NumGLUE-ds", "MeetingBank")
+# Later task: the earlier one whose LoRA the continued LoRA starts from.
+RELATED = {"Fetch": "Vault", "Verdict": "MeetingBank"}
+CONTROLS = ("C-STANCE", "20Minuten", "Shuffled")  # unrelated, unrelated, contradicts Vault
+SIZES, SEEDS, STEPS = (20, 50, 100, 400), range(5), 100
+source, redraw = mose.MoSE._source, mose.SubExperts.redraw
+
+
+# ---------------------------------------------------------------- candidates for reuse
+
+
+def off(adapter, probe):
+    """Reuse by score alone: used entries may win a place, and nothing is inherited."""
+    return None, 1.0
+
+
+def full_share(adapter, probe):
+    """Inherit, and take the full share of new entries all the same."""
+    return source(adapter, probe)[0], 1.0
+
+
+def weak_too(adapter, probe):
+    """Inherit from whatever lowers the loss at all."""
+    losses = {}
+    for name in [None, *adapter.tasks]:
+        with adapter.task(name):
+            losses[name] = float(probe())
+    best = min(losses, key=losses.get)
+    return best, losses[best] / losses[None]
+
+
+def by_key(adapter, probe):
+    """The source is the task that most of the new prompts look like, by the task keys."""
+    names = [name for ids, mask in by_key.prompts for name in adapter.infer_task(ids, mask)]
+    best = max({*names}, key=names.count)
+    with adapter.task(None):
+        bare = float(probe())
+    with adapter.task(best):
+        return best, min(1.0, float(probe()) / bare)
+
+
+def droppable(layer, need, mask, router):
+    """What is inherited has to keep its place by its score."""
+    redraw(layer, need, mask, router)
+    layer.score.data[mask] = 0.005
+
+
+def random_start(layer, need, mask, router):
+    """New entries start at random, as without a source."""
+    redraw(layer, need, mask, router)
+    new = torch.rand_like(layer.weight) * 2 - 1
+    layer.weight.data = new * layer.bound
+
+
+CANDIDATES = {  # name: (replaces MoSE._source, replaces SubExperts.redraw)
+    "ours": (source, redraw),
+    "off (by score alone)": (off, redraw),
+    "full share of new entries": (full_share, redraw),
+    "weakly related sources too": (weak_too, redraw),
+    "source by task key": (by_key, redraw),
+    "inherited entries may drop out": (source, droppable),
+    "new entries start at random": (source, random_start),
+}
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def setup(seed, split="test"):
+    torch.set_num_threads(1)
+    loop.transformers.logging.set_verbosity_error()
+    loop.transformers.logging.disable_progress_bar()
+    loop.datasets.disable_progress_bars()
+    loop.progress.keywords["disable"] = True
+    metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy"
+    args = loop.Args(seeds=str(seed), device="cpu", metric=metrics, split=split)
+    return args, *loop.load_model(args)
+
+
+def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
+    """A task with its first `size` training examples and about as many steps for every size."""
+    folder = "trace-mini" if name in loop.TASKS else "transfer-mini"
+    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder))
+    task, = loop.load_tasks(args, tokenizer, model)
+    epochs = round(steps * (3 if name == "Vault" and size == 400 else 1) / -(-size // args.batch))
+    return dataclasses.replace(task, name=called or name, epochs=epochs, train=task.train[:size])
+
+
+def learn(adapter, base, task, args):
+    """One task; {"score", "new", "source"}."""
+    by_key.prompts = [*loop.whole_prompts(task.train, base[1])]
+    torch.manual_seed(1000 * int(args.seeds) + 7)
+    notes = loop.learn(adapter, *base, task, args, "")
+    return {"score": score(adapter, base, task, args), "new": notes["new"],
+            "source": notes["source"]}
+
+
+def score(adapter, base, task, args):
+    adapter.set_task(task.name)
+    return loop.mean(loop.evaluate(*base, None, task, args)[0])
+
+
+def related(seed, candidates, split, sizes=SIZES, others=True):
+    """Early tasks once, and from there every later task: rows of results."""
+    args, *base = setup(seed, split)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        mose.MoSE._source = off
+        adapter = loop.attach(base[0], "mose", args)
+        for name in EARLY:
+            first = learn(adapter, base, load(args, *base, name), args)
+            rows.append({"task": name, "size": 400, "method": "first time", **first})
+        adapter.save(f"{folder}/early.pt")
+        adapter.detach()
+        for name in {*RELATED.values()} if others else ():
+            adapter = loop.attach(base[0], "lora", args)
+            learn(adapter, base, load(args, *base, name), args)
+            adapter.save(f"{folder}/{name}.pt")
+            adapter.detach()
+        plan = [(name, size, False) for name in RELATED for size in sizes]
+        if others:
+            plan += [(name, 50, False) for name in CONTROLS]
+            plan += [(name, 400, True) for name in ("Vault", "FOMC")]
+        for name, size, again in plan:
+            task = load(args, *base, name, size, f"{name} again" if again else None)
+            methods = {c: f"{folder}/early.pt" for c in candidates}
+            if others and not again:
+                methods["LoRA from scratch"] = None
+                if name in RELATED:
+                    methods["LoRA continued"] = f"{folder}/{RELATED[name]}.pt"
+            for method, file in methods.items():
+                mose.MoSE._source, mose.SubExperts.redraw = CANDIDATES.get(method, (off, redraw))
+                adapter = (mose.MoSE.load(base[0], file) if file else
+                           loop.attach(base[0], "lora", args))
+                before = {n: snapshot(adapter, base, task, n) for n in [*adapter.tasks]}
+                result = learn(adapter, base, task, args)
+                same = all(torch.equal(snapshot(adapter, base, task, n), before[n]) for n in before)
+                rows.append({"task": task.name, "size": size, "method": method, **result,
+                             "earlier unchanged": same})
+                adapter.detach()
+    return rows
+
+
+@torch.no_grad()
+def snapshot(adapter, base, task, name):
+    """Logits of some prompts under a finished task."""
+    ids, mask = loop.pad([prompt for prompt, _ in task.test[:8]], base[1].pad_token_id)
+    with adapter.task(name):
+        return base[0](input_ids=ids, attention_mask=mask).logits
+
+
+def variants(task, count):
+    """A task under other surfaces: another last line; letters turned; answers in brackets."""
+    turn = str.maketrans("ABC", "BCA")
+    changes = [lambda p, a: (p, a),
+               lambda p, a: (f"{p.rpartition(chr(10))[0]}\nReply here:", a),
+               lambda p, a: (p + " turned", a.translate(turn)),
+               lambda p, a: (p + " [", f"{a} ]")][:count]
+    for i, change in enumerate(changes):
+        pairs = [[change(row["prompt"], row["answer"]) for row in rows] for rows in task.texts]
+        yield f"{task.name} {i}", [loop.datasets.Dataset.from_list(
+            [{"prompt": p, "answer": a} for p, a in rows]) for rows in pairs]
+
+
+def stream(seed, method, count):
+    """trace-mini in a row, each task in `count` variants (1: as it is): scores, entries, bytes."""
+    args, *base = setup(seed)
+    if method != "task_lora":
+        mose.MoSE._source, mose.SubExperts.redraw = CANDIDATES[method]
+    tasks = []
+    for name in loop.TASKS:
+        task = load(args, *base, name)
+        for called, texts in variants(task, count):
+            ids = [[loop.encode(base[1], row) for row in rows] for rows in texts]
+            tasks.append(dataclasses.replace(
+                task, name=called, train=ids[0], test=ids[1], texts=texts,
+                max_new=max(len(answer) for _, answer in ids[0])))
+    tasks = [tasks[i * count + v] for v in range(count) for i in range(len(loop.TASKS))]
+    notes, files = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = None
+        for t, task in enumerate(tasks):
+            if method == "task_lora" or not adapter:
+                adapter = loop.attach(base[0], method if method == "task_lora" else "mose", args)
+            torch.manual_seed(1000 * seed + t)
+            notes.append(loop.learn(adapter, *base, task, args, ""))
+            if method == "task_lora":
+                notes[-1]["score"] = score(adapter, base, task, args)
+            adapter.save(f"{folder}/m.pt")
+            files.append(os.path.getsize(f"{folder}/m.pt"))
+            if method == "task_lora":
+                adapter.detach()
+        last = [n["score"] if method == "task_lora" else score(adapter, base, task, args)
+                for n, task in zip(notes, tasks)]
+    return {"op": statistics.mean(last), "scores": last, "tasks": [t.name for t in tasks],
+            "new": [n["new"] for n in notes], "used": [n["used"] for n in notes],
+            "sources": [n["source"] for n in notes],
+            "bytes": sum(files) if method == "task_lora" else files[-1]}
+
+
+# ---------------------------------------------------------------- the report
+
+
+def spread(values):
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def report(results):
+    """Markdown from the JSON alone."""
+    every = [row for key, rows in results.items() if key.startswith("related") for row in rows]
+    trial = [row for key, rows in results.items() if key.startswith("trial") for row in rows]
+
+    def cells(rows, key="score", **where):
+        found = [r[key] for r in rows if all(r[k] == v for k, v in where.items())]
+        return spread(found) if found else ""
+
+    lines = ["# Transfer\n", "`python benchmarks/transfer.py`: tiny-llm, two CPU cores, synthetic "
+             f"tasks, {STEPS} steps of 16 examples for every size, mean ± deviation over seeds "
+             f"{min(SEEDS)}-{max(SEEDS)}; scores 0-100. Earlier tasks, in this order: "
+             f"{', '.join(EARLY)}.\n",
+             "## Related tasks: score by the number of training examples\n",
+             "| task | examples | LoRA from scratch | LoRA continued | MoSEs, reuse off | MoSEs |"
+             " new entries, off | new entries |", "|---" * 8 + "|"]
+    for name in RELATED:
+        for size in SIZES:
+            at = {"task": name, "size": size}
+            row = [cells(every, **at, method=m) for m in
+                   ("LoRA from scratch", "LoRA continued", "off (by score alone)", "ours")]
+            row += [cells(every, "new", **at, method=m) for m in ("off (by score alone)", "ours")]
+            lines.append(f"| {name} | {size} | " + " | ".join(row) + " |")
+    lines += ["\nExamples needed for 80 % of the score that MoSEs without reuse has with 400 (mean "
+              "of seeds):\n", "| task | LoRA from scratch | LoRA continued | MoSEs, reuse off | "
+              "MoSEs |", "|---" * 5 + "|"]
+    for name in RELATED:
+        row, goal = [], 0.8 * statistics.mean(
+            r["score"] for r in every if (r["task"], r["size"], r["method"]) ==
+            (name, 400, "off (by score alone)"))
+        for method in ("LoRA from scratch", "LoRA continued", "off (by score alone)", "ours"):
+            enough = [size for size in SIZES if statistics.mean(
+                r["score"] for r in every
+                if (r["task"], r["size"], r["method"]) == (name, size, method)) >= goal]
+            row.append(str(min(enough)) if enough else "more than 400")
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    lines += ["\n## Controls at 50 examples, and exact repeats\n",
+              "| task | LoRA from scratch | MoSEs, reuse off | MoSEs | new entries, off | "
+              "new entries | started from |", "|---" * 7 + "|"]
+    for name in (*CONTROLS, "Vault again", "FOMC again"):
+        row = [cells(every, task=name, method=m) for m in
+               ("LoRA from scratch", "off (by score alone)", "ours")]
+        row += [cells(every, "new", task=name, method=m) for m in ("off (by score alone)", "ours")]
+        names = [str(r["source"]) for r in every if r["task"] == name and r["method"] == "ours"]
+        row.append(", ".join(f"{n} x {names.count(n)}" for n in sorted({*names})))
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    first = [cells(every, task=n, method="first time") + " with " +
+             cells(every, "new", task=n, method="first time") for n in ("Vault", "FOMC")]
+    lines.append(f"\nThe first time: Vault {first[0]} new entries, FOMC {first[1]}.")
+    same = [r["earlier unchanged"] for r in every if r["method"] == "ours"]
+    lines.append(f"\nLogits of every earlier task bit-identical after the later one: {sum(same)} "
+                 f"of {len(same)} runs of MoSEs.\n")
+    lines += ["## Candidates, 50 examples, scored on eval\n",
+              "| candidate | " + " | ".join(f"{n} | new entries" for n in RELATED) + " |",
+              "|---" * (1 + 2 * len(RELATED)) + "|"]
+    for method in CANDIDATES:
+        row = [cells(trial, key, task=n, method=method) for n in RELATED for key in ("score", "new")]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    lines += ["\n## Streams\n", "| stream | method | OP | new entries | used share | second half "
+              "of it | bytes |", "|---" * 7 + "|"]
+    for count, method in ((c, m) for c in (1, 4) for m in
+                          ("task_lora", "off (by score alone)", "ours")):
+        runs = [r for key, r in results.items() if key.startswith(f"stream {count} {method} ")]
+        if not runs:
+            continue
+        row = [f"{8 * count} tasks, {len(runs)} seeds", method, spread([r["op"] for r in runs])]
+        half = 4 * count
+        row += ["", "", ""] if method == "task_lora" else [
+            spread([sum(r["new"]) for r in runs]),
+            f"{statistics.mean(r['used'][-1] for r in runs):.3f}",
+            f"{statistics.mean(sum(r['new'][half:]) / sum(r['new']) for r in runs):.2f}"]
+        row.append(f"{statistics.mean(r['bytes'] for r in runs):,.0f}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, file):
+    """Left: score by examples, related tasks. Right: the pool's used share along the stream."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(RELATED) + 1, figsize=(13, 4), layout="constrained")
+    every = [row for key, rows in results.items() if key.startswith("related") for row in rows]
+    looks = {"LoRA from scratch": ("#0072b2", "--", "s"), "LoRA continued": ("#cc79a7", "-.", "^"),
+             "off (by score alone)": ("#999999", ":", "v"), "ours": ("#000000", "-", "o")}
+    for axis, name in zip(axes, RELATED):
+        for method, (color, line, marker) in looks.items():
+            found = [[r["score"] for r in every if
+                      (r["task"], r["size"], r["method"]) == (name, size, method)]
+                     for size in SIZES]
+            axis.errorbar(SIZES, [statistics.mean(v) for v in found],
+                          [statistics.stdev(v) if len(v) > 1 else 0 for v in found], color=color,
+                          linestyle=line, marker=marker, capsize=3, label={
+                              "ours": "MoSEs", "off (by score alone)": "MoSEs, reuse off"}.get(
+                              method, method))
+        axis.set(title=f"{name} (related to {RELATED[name]})", xscale="log", ylim=(0, 103),
+                 xlabel="training examples", ylabel="score, 0-100")
+        axis.set_xticks(SIZES, SIZES)
+        axis.minorticks_off()
+    for method, label in (("off (by score alone)", "MoSEs, reuse off"), ("ours", "MoSEs")):
+        runs = [r["used"] for key, r in results.items() if key.startswith(f"stream 4 {method} ")]
+        color, line, _ = looks[method]
+        if runs:
+            axes[-1].plot(range(33), [0] + [statistics.mean(v) for v in zip(*runs)], color=color,
+                          linestyle=line, label=label)
+    axes[-1].set(title="32 tasks in a row", xlabel="tasks learned", ylabel="share of pool in use")
+    for axis in axes:
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    seeds = len({key for key in results if key.startswith("related")})
+    figure.suptitle(f"tiny-llm, synthetic tasks; mean and deviation of {seeds} seeds, "
+                    "n = 100 test examples a task", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--only", default="", help="run only jobs whose name begins like this")
+    args = parser.parse_args()
+    main_two = ["off (by score alone)", "ours"]
+    jobs = {f"related {seed}": (related, seed, main_two, "test") for seed in SEEDS}
+    jobs |= {f"stream 1 {m} {s}": (stream, s, m, 1) for s in range(3) for m in main_two}
+    jobs |= {f"stream 4 {m} 0": (stream, 0, m, 4) for m in ["task_lora", *main_two]}
+    jobs |= {f"trial {s}": (related, s, [*CANDIDATES], "eval", (50,), False) for s in SEEDS}
+    file = args.out / "transfer.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    todo = {key: job for key, job in jobs.items()
+            if key not in results and key.startswith(args.only)}
+    with ProcessPoolExecutor(os.cpu_count(), max_tasks_per_child=1) as pool:
+        futures = {pool.submit(*job): key for key, job in todo.items()}
+        for future in tqdm(as_completed(futures), "transfer", len(todo), unit="job", ncols=100):
+            results[futures[future]] = future.result()
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    text = report(results)
+    (args.out / "transfer.md").write_text(text, encoding="utf-8")
+    draw(results, args.out / "transfer.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
