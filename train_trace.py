@@ -348,6 +348,8 @@ def train(model, tokenizer, parameters, task, args, title):
     rng, parts = random.Random(f"{args.seeds} {task.name}"), [*examples(task, args, tokenizer)]
     plan = [*batches([len(ids) for ids, _ in parts], args.batch, task.epochs, rng)]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    for p in parameters:  # zeros for a process that has no part in a small batch
+        p.grad = torch.zeros_like(p)
     name = {"constant": "constant_with_warmup"}.get(args.schedule, args.schedule)
     warm = math.ceil(0.05 * len(plan))
     rate = transformers.get_scheduler(name, optimizer, warm, len(plan))
@@ -355,7 +357,6 @@ def train(model, tokenizer, parameters, task, args, title):
     model.train()
     bar = progress(plan, desc=title, unit="step")
     for step, batch in enumerate(bar):
-        optimizer.zero_grad(set_to_none=False)
         count = sum(len(task.train[i][1]) for i in batch)  # label tokens, of all processes
         total, own = torch.zeros((), device=model.device), batch[RANK::WORLD]
         size = args.micro_batch or len(batch)
@@ -369,6 +370,7 @@ def train(model, tokenizer, parameters, task, args, title):
             raise ValueError(f"{task.name}: the loss is {total} at step {step}: lower --lr; "
                              "earlier tasks are safe, each was saved when it ended")
         optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
         rate.step()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
     model.eval()
@@ -509,9 +511,9 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
         result["op_error"] = bootstrap(til)
         result["seconds"] += time.time() - start
         write(state, result)
-        for file in folder.glob(f"{method}-*.pt") if RANK == 0 else ():
-            if file.name not in files:
-                file.unlink()
+    for file in folder.glob(f"{method}-*.pt") if RANK == 0 else ():
+        if file.name not in files:  # what the next task went on from
+            file.unlink()
     tails = summarize(result["R_tail"], zero_shot, result["before"]) if result["R_tail"] else {}
     return result | summarize(result["R"], zero_shot, result["before"]) | {
         "op_tail": tails.get("op"), "bwt_tail": tails.get("bwt")}

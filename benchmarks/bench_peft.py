@@ -205,7 +205,8 @@ def rows(result, device):
              ratio("peak memory of training", memory[first], memory[one], 1.05 if gpu else 1.10)]
     for batch in (1, 8):
         decode = result[f"decode batch {batch}, s"]
-        table.append(ratio(f"decode, batch {batch} (speed)", decode[first], decode[one], 0.95, True))
+        what = f"decode, batch {batch} (speed)"
+        table.append(ratio(what, decode[first], decode[one], 0.95, True))
     mixed, switch = result["decode 8 tasks, s"], result["switch, s"][last]
     table.append(ratio("decode, 8 tasks in a batch (speed)", mixed[last], mixed[eight],
                        3 if gpu else 2, True))
@@ -258,7 +259,7 @@ def main():
         pipe.send(None)
     table = [("", "ours", "theirs", "ratio", "target", "met"), *rows(result, args.device)]
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {platform.machine()}"
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
     shape, dtype, batch = SHAPES[args.device]
     lines = [f"# Speed and memory against peft: {args.device}\n",
              f"`python benchmarks/bench_peft.py --device {args.device}`: {gpu}, "

@@ -289,7 +289,8 @@ def report(results):
               "| candidate | " + " | ".join(f"{n} | new entries" for n in RELATED) + " |",
               "|---" * (1 + 2 * len(RELATED)) + "|"]
     for method in CANDIDATES:
-        row = [cells(trial, key, task=n, method=method) for n in RELATED for key in ("score", "new")]
+        row = [cells(trial, key, task=name, method=method) for name in RELATED
+               for key in ("score", "new")]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     lines += ["\n## Streams\n", "| stream | method | OP | new entries | used share | second half "
               "of it | bytes |", "|---" * 7 + "|"]

@@ -15,8 +15,16 @@ import train_trace  # noqa: E402
 from mose import MoSE, decode  # noqa: E402
 
 SHORT = ["--tasks", "FOMC,NumGLUE-cm", "--max_train", "40", "--max_test", "9", "--epochs", "2",
-         "--methods", "lora,task_lora,mose", "--lr", "1e-3", "--batch", "16", "--eval_batch", "4",
+         "--methods", "lora,mose", "--lr", "1e-3", "--batch", "16", "--eval_batch", "4",
          "--device", "cpu"]
+
+
+def two(script, folder, *options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, script, *SHORT, *options], text=True, cwd=folder,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("zero-shot") == 1  # rank 0 alone prints
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +34,11 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train_trace.main(train_trace.parse([*SHORT, "--name", "one"]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, ROOT / "train_trace.py", *SHORT, "--name", "two"], text=True,
-                          cwd=folder, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("zero-shot") == 1  # rank 0 alone prints
+    two(ROOT / "train_trace.py", folder, "--name", "two")
     return folder / "runs/one", folder / "runs/two"
 
 
-@pytest.mark.parametrize("method", ["lora", "task_lora", "mose"])
+@pytest.mark.parametrize("method", ["lora", "mose"])
 def test_two_processes_get_the_scores_of_one(runs, method):
     one, two = (json.loads((run / f"{method}.json").read_text()) for run in runs)
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -42,22 +46,26 @@ def test_two_processes_get_the_scores_of_one(runs, method):
         assert one[key] == two[key], key
 
 
+def learned(file):
+    """Masks, values and key sums of an adapter file."""
+    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    mose = MoSE.load(model, file)
+    values = torch.cat([layer.frozen for layer in mose.layers])
+    return [decode(code) for code, _ in mose.tasks.values()], values, [*mose.keys.total.values()]
+
+
 def test_two_processes_learn_the_same_masks_and_weights_as_one(runs):
-    states = []
-    for run in runs:
-        model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
-        mose = MoSE.load(model, run / "mose.pt")
-        values = torch.cat([layer.frozen for layer in mose.layers])
-        states.append(([decode(code) for code, _ in mose.tasks.values()], values, mose.keys))
-    for mask, other in zip(states[0][0], states[1][0]):
-        assert torch.equal(mask, other) and mask.any()
-    assert torch.allclose(states[0][1], states[1][1], atol=1e-5)
-    assert all(torch.equal(states[0][2].total[n], states[1][2].total[n]) for n in mose.tasks)
+    (masks, values, keys), others = (learned(run / "mose.pt") for run in runs)
+    assert all(map(torch.equal, masks, others[0])) and all(mask.any() for mask in masks)
+    assert torch.allclose(values, others[1], atol=1e-5) and all(map(torch.equal, keys, others[2]))
 
 
-def test_a_process_takes_its_share_of_every_batch():
-    """Control for the above: without the sum over processes, each would learn from half."""
-    batch = [*range(7)]
-    assert sorted(batch[0::2] + batch[1::2]) == batch and batch[0::2] != batch
-    starts = range(0, 9, 4)
-    assert sorted([*starts[0::2], *starts[1::2]]) == [*starts]
+def test_without_the_sum_of_gradients_they_would_not(runs):
+    folder = runs[0].parent.parent
+    (folder / "control.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_trace\n"
+        "train_trace.sum_over_processes = lambda *tensors: tensors\n"
+        "train_trace.main(train_trace.parse())\n")
+    two("control.py", folder, "--name", "off", "--methods", "lora")
+    _, values, _ = learned(runs[0] / "lora.pt")
+    assert not torch.allclose(values, learned(folder / "runs/off/lora.pt")[1], atol=1e-3)

@@ -1,0 +1,530 @@
+"""Nothing lost: killed, cut short, fed nonsense, run a hundred times over."""
+
+import dataclasses
+import fcntl
+import functools
+import gc
+import io
+import json
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import mose as module  # noqa: E402
+import train_trace  # noqa: E402
+from mose import MoSE, MoSEConfig, SubExperts, top_k_mask  # noqa: E402
+from train_trace import Args  # noqa: E402
+
+reliability = pytest.importorskip("reliability")  # it needs hypothesis
+learn, tiny = reliability.learn, reliability.tiny
+IDS = torch.arange(24).view(3, 8)
+
+
+def ready(*names, **config):
+    """A model that has learned these tasks."""
+    mose = MoSE(tiny(), MoSEConfig(**config))
+    for name in names:
+        learn(mose, name)
+        mose.end_task()
+    return mose
+
+
+@pytest.fixture(scope="module")
+def base():
+    return train_trace.load_model(Args(device="cpu"))
+
+
+# ------------------------------------------------------------------------------ kill and resume
+
+
+def test_killed_runs_lose_nothing():
+    assert reliability.kills(3, seed=1)[0] == 3
+
+
+SHORT = Args(tasks="FOMC,NumGLUE-cm", max_train=32, max_test=4, epochs="1", methods="lora,mose",
+             device="cpu")
+
+
+def test_resume_after_every_task_gives_the_same_as_never_stopping(tmp_path, monkeypatch, guard):
+    """Off: the order of the data is another after the start, and the check sees it."""
+    monkeypatch.chdir(tmp_path)
+    train_trace.main(dataclasses.replace(SHORT, name="alone"))
+    write, batches, stops = train_trace.write, train_trace.batches, []
+
+    def stop_after(file, value):
+        write(file, value)
+        if "progress" in file.name:
+            stops.append(file.name)
+            raise InterruptedError
+
+    def other(*given):
+        return [*batches(*given)][::-1]
+
+    monkeypatch.setattr(train_trace, "write", stop_after)
+    args = dataclasses.replace(SHORT, name="stopped")
+    while True:
+        try:
+            train_trace.main(args)
+        except InterruptedError:
+            args = train_trace.parse(["--resume", "runs/stopped"])
+            guard or monkeypatch.setattr(train_trace, "batches", other)
+        else:
+            break
+    assert len(stops) == 4  # after each of two tasks, with each of two methods
+    same = reliability.outcome(tmp_path / "runs/stopped") == reliability.outcome(
+        tmp_path / "runs/alone")
+    assert same == guard
+
+
+@pytest.fixture(params=[True, False], ids=["guarded", "control"])
+def guard(request):
+    return request.param
+
+
+def test_resume_names_what_differs_and_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_trace.main(dataclasses.replace(SHORT, name="a", methods="lora"))
+    before = reliability.outcome(tmp_path / "runs/a")
+    for argv, message in ((["--resume", "runs/a", "--lr", "1"], "--lr 1.0 (was 0.01)"),
+                          (["--resume", "runs/a", "--tasks", "FOMC"], "--tasks FOMC (was FOMC,Num"),
+                          (["--resume", "runs/none"], "there is no runs/none/args.json")):
+        with pytest.raises(SystemExit):
+            train_trace.parse(argv)
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(train_trace, "load_model", None)  # not even the model is loaded
+    train_trace.main(train_trace.parse(["--resume", "runs/a", "--lr", "0.01"]))
+    assert reliability.outcome(tmp_path / "runs/a") == before
+
+
+def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    other = open(tmp_path / "runs/a/lock", "w")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="runs/a is in use by another run: choose another --name"):
+        train_trace.claim(Args(name="a"))
+    other.close()  # as the system does for a process that died
+    folder, lock = train_trace.claim(Args(name="a"))
+    assert (folder / "args.json").exists()
+
+
+def test_a_full_disk_is_noticed_before_training_and_a_failed_save_harms_nothing(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = type(train_trace.shutil.disk_usage("."))(1, 1, 2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_trace.shutil, "disk_usage", lambda _: few)
+        with pytest.raises(ValueError, match="less than 256 MB are free"):
+            train_trace.claim(Args(name="a"))
+    mose = ready("a")
+    mose.save("m")
+    before = Path("m").read_bytes()
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        mose.save("m")
+    assert Path("m").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------ damaged files
+
+
+def test_every_cut_and_flipped_bit_is_refused():
+    assert reliability.damage(flips=60) == [100, 60]
+
+
+def test_a_file_that_is_another_zip_or_holds_objects_is_never_run(tmp_path):
+    file, proof = tmp_path / "m", tmp_path / "proof"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(ValueError, match="no MoSE file"):
+        MoSE.load(tiny(), file)
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (proof,)
+
+    buffer = io.BytesIO()
+    torch.save({"format": Evil()}, buffer)
+    file.write_bytes(buffer.getvalue() + module.hashlib.sha256(buffer.getvalue()).digest())
+    with pytest.raises(pickle.UnpicklingError):
+        MoSE.load(tiny(), file)
+    assert not proof.exists()
+    buffer.seek(0)
+    torch.load(buffer, weights_only=False)
+    assert proof.exists()  # control: without weights_only it would have run
+
+
+# ------------------------------------------------------------------------------ wrong inputs
+
+
+def infinite(mose):
+    mose.begin_task("c")
+    mose.layers[0].weight.data[0] = float("inf")
+    mose.end_task()
+
+
+def from_text(text, base, tmp_path, **options):
+    """Load a task whose files hold this text or these bytes."""
+    (tmp_path / "FOMC").mkdir()
+    for split in ("train", "test"):
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "FOMC" / f"{split}.json").write_bytes(content)
+    args = Args(data=str(tmp_path), tasks="FOMC", **options)
+    return train_trace.load_tasks(args, base[1], base[0])
+
+
+def rows(*pairs):
+    return json.dumps([{"prompt": p, "answer": a} for p, a in pairs])
+
+
+def without(base, token):
+    """A tokenizer that lacks this special token."""
+    import copy
+    tokenizer = copy.deepcopy(base[1])
+    setattr(tokenizer, token, None)
+    return tokenizer
+
+
+def parse(*argv):
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        said = io.StringIO()
+        patch.setattr(sys, "stderr", said)
+        train_trace.parse(argv)
+    raise ValueError(said.getvalue())
+
+
+def load(content, tmp_path):
+    (tmp_path / "m").write_bytes(content)
+    MoSE.load(tiny(), tmp_path / "m")
+
+
+MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, tmp_path))
+    "task name None": ("expected a task", lambda m, b, p: m.begin_task(None)),
+    "task name 3": ("expected a task", lambda m, b, p: m.begin_task(3)),
+    "a known name": ("'a': expected a task not in", lambda m, b, p: m.begin_task("a")),
+    "two open": ("open is 'c'", lambda m, b, p: [m.begin_task(n) for n in "cd"]),
+    "end, none open": ("call begin_task", lambda m, b, p: m.end_task()),
+    "parameters, none open": ("call begin_task", lambda m, b, p: m.trainable_parameters()),
+    "observe, none open": ("call begin_task", lambda m, b, p: m.observe(IDS)),
+    "save while open": ("call end_task", lambda m, b, p: (m.begin_task("c"), m.save(p / "m"))),
+    "set an unknown task": ("unknown task 'z'", lambda m, b, p: m.set_task("z")),
+    "set a number": ("unknown task 3", lambda m, b, p: m.set_task(3)),
+    "set an empty list": (r"unknown task \[\]", lambda m, b, p: m.set_task([])),
+    "a list with an unknown": ("unknown task 'z'", lambda m, b, p: m.set_task(["a", "z"])),
+    "too few tasks": ("got 2 tasks for a batch of 3", lambda m, b, p: (
+        m.set_task(["a", "b"]), m.model(IDS))),
+    "forget an unknown": ("can't forget 'z'", lambda m, b, p: m.forget("z")),
+    "forget in a shared pool": ("can't tell its tasks apart", lambda m, b, p: ready(
+        "a", isolate=False).forget("a")),
+    "attach twice": ("call its detach", lambda m, b, p: MoSE(m.model)),
+    "a base on meta": ("offloaded", lambda m, b, p: MoSE(tiny().to("meta"))),
+    "no such layer": ("no linear layer matches", lambda m, b, p: MoSE(
+        tiny(), MoSEConfig(targets=("nope",)))),
+    "targets as one text": ("no linear layer matches", lambda m, b, p: MoSE(
+        tiny(), MoSEConfig(targets="q_proj"))),
+    "no targets": ("no linear layer matches", lambda m, b, p: MoSE(
+        tiny(), MoSEConfig(targets=()))),
+    "density 0": ("density: got 0", lambda m, b, p: MoSEConfig(density=0)),
+    "density 1.5": ("density: got 1.5", lambda m, b, p: MoSEConfig(density=1.5)),
+    "density NaN": ("density: got nan", lambda m, b, p: MoSEConfig(density=float("nan"))),
+    "top_k above experts": ("top_k: got 5", lambda m, b, p: MoSEConfig(top_k=5)),
+    "rank 1.5": ("rank: got 1.5", lambda m, b, p: MoSEConfig(rank=1.5)),
+    "rank as text": ("rank: got '8'", lambda m, b, p: MoSEConfig(rank="8")),
+    "infinite weight": ("is not finite: forget", lambda m, b, p: infinite(m)),
+    "infer before observe": ("tasks without a key", lambda m, b, p: MoSE(tiny()).infer_task(IDS)),
+    "an empty checkpoint": ("cut short, damaged", lambda m, b, p: load(b"", p)),
+    "text as checkpoint": ("cut short, damaged", lambda m, b, p: load(b"hello" * 99, p)),
+    "empty data file": ("can't be read as JSON", lambda m, b, p: from_text("", b, p)),
+    "broken JSON": ("can't be read as JSON", lambda m, b, p: from_text("[{", b, p)),
+    "not UTF-8": ("can't be read as JSON", lambda m, b, p: from_text(b"[\xff\xfe]", b, p)),
+    "UTF-16": ("can't be read as JSON", lambda m, b, p: from_text(
+        rows(("p", "a")).encode("utf-16"), b, p)),
+    "a byte order mark": ("BOM", lambda m, b, p: from_text(
+        b"\xef\xbb\xbf" + rows(("p", "a")).encode(), b, p)),
+    "an object, no list": ("got dict", lambda m, b, p: from_text("{}", b, p)),
+    "an empty list": ("got list of 0", lambda m, b, p: from_text("[]", b, p)),
+    "empty prompt": ("row 0", lambda m, b, p: from_text(rows(("", "a")), b, p)),
+    "empty answer": ("row 1", lambda m, b, p: from_text(rows(("p", "a"), ("q", "")), b, p)),
+    "answer above the limit": ("leaves no room", lambda m, b, p: from_text(
+        rows(("p", "no " * 3000)), b, p)),
+    "no such folder": ("FOMC/train.json: can't be read", lambda m, b, p: train_trace.load_tasks(
+        Args(data="/nowhere", tasks="FOMC"), b[1], b[0])),
+    "a task twice": ("each once", lambda m, b, p: train_trace.load_tasks(
+        Args(tasks="FOMC,FOMC"), b[1], b[0])),
+    "a task without metric": ("--metric", lambda m, b, p: train_trace.load_tasks(
+        Args(tasks="mine"), b[1], b[0])),
+    "epochs that do not fit": ("--epochs", lambda m, b, p: train_trace.load_tasks(
+        Args(epochs="1,2,3"), b[1], b[0])),
+    "unknown method": ("--methods", lambda m, b, p: parse("--methods", "sorcery")),
+    "unknown flag": ("unrecognized", lambda m, b, p: parse("--sorcery")),
+    "batch 0": ("--batch", lambda m, b, p: parse("--batch", "0")),
+    "seed x": ("--seeds", lambda m, b, p: parse("--seeds", "x")),
+    "lr x": ("invalid float", lambda m, b, p: parse("--lr", "x")),
+    "ask without prompt": ("expected FILE and", lambda m, b, p: parse("--ask", "m.pt")),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_gets_its_message_and_harms_no_task(what, base, tmp_path):
+    mose = ready("a", "b")
+    before = {name: logits(mose, name) for name in "ab"}
+    message, call = MISTAKES[what]
+    with pytest.raises(ValueError, match=message):
+        call(mose, base, tmp_path)
+    assert all(torch.equal(logits(mose, name), before[name]) for name in "ab")
+
+
+@torch.no_grad()
+def logits(mose, name, ids=IDS):
+    with mose.task(name):
+        return mose.model(ids).logits
+
+
+class Int8Linear(torch.nn.Module):
+    """A quantised layer as libraries have it: in_features, out_features, and no float weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("weight8", (linear.weight.detach() / self.scale).round().char())
+
+    def forward(self, x):
+        return x @ (self.weight8.float() * self.scale).T
+
+
+def quantised(base, tmp_path, capsys):
+    model = tiny()
+    for block in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(block.self_attn, name, Int8Linear(getattr(block.self_attn, name)))
+    bare = model(IDS).logits
+    mose = MoSE(model)
+    learn(mose, "a", steps=5)
+    mose.end_task()
+    assert not torch.equal(logits(mose, "a"), bare)
+    mose.detach()
+    assert torch.equal(model(IDS).logits, bare)
+
+
+def tied(base, tmp_path, capsys):
+    model, _ = base
+    before = model.lm_head.weight.detach().clone()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    mose = MoSE(model)
+    learn(mose, "a")
+    mose.detach()
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def million_characters(base, tmp_path, capsys):
+    task, = from_text(rows(("word " * 200_000, "a"), ("q", "a")), base, tmp_path)
+    args = Args(device="cpu", batch=2)
+    for prompt, labels in train_trace.examples(task, args, base[1]):
+        assert len(prompt) <= task.limit + task.max_new
+    assert len(train_trace.generate(*base, task, [0, 1], 2)) == 2
+
+
+def rows_of_train_in_test(base, tmp_path, capsys):
+    from_text(rows(("p", "a"), ("q", "b")), base, tmp_path)
+    assert "2 of 2 test prompts stand in train too" in capsys.readouterr().out
+
+
+def no_bos(base, tmp_path, capsys):
+    prompt, answer = train_trace.encode(without(base, "bos_token"), {"prompt": "p", "answer": "a"})
+    assert prompt == train_trace.encode(base[1], {"prompt": "p", "answer": "a"})[0][1:]
+
+
+def saved_base(base, tmp_path, token):
+    base[0].save_pretrained(tmp_path)
+    without(base, token).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items()
+                                if k != token}))
+    return Args(model=str(tmp_path), device="cpu")
+
+
+def no_pad(base, tmp_path, capsys):
+    _, tokenizer = train_trace.load_model(saved_base(base, tmp_path, "pad_token"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def no_eos(base, tmp_path, capsys):
+    with pytest.raises(ValueError, match="has no EOS, so answers would never end"):
+        train_trace.load_model(saved_base(base, tmp_path, "eos_token"))
+
+
+def one_example(base, tmp_path, capsys):
+    task, = from_text(rows(("p", "a")), base, tmp_path)
+    adapter = train_trace.attach(base[0], "mose", Args())
+    assert train_trace.learn(adapter, *base, task, Args(epochs="1"), "")["new"] > 0
+    adapter.detach()
+
+
+def any_script(base, tmp_path, capsys):
+    words = ("立场", "für Straße", "def f():\n\t", "\u202eabc", "🙂" * 50)
+    texts = [(f"{word} ?", word) for word in words]
+    task, = from_text(rows(*texts), base, tmp_path)
+    assert [base[1].decode(a[:-1]) for _, a in task.train] == [a for _, a in texts]
+
+
+def two_devices(base, tmp_path, capsys):
+    """The second half of the layers on another device: here meta, the only other one at hand."""
+    model = tiny()
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="part of the base is offloaded"):
+        MoSE(model)
+
+
+def no_example_of_a_task(base, tmp_path, capsys):
+    mose = MoSE(tiny())
+    mose.begin_task("a")
+    report = mose.end_task()  # after zero steps
+    assert report["new"] > 0 and torch.equal(logits(mose, "a"), logits(mose, None))
+
+
+ODD_INPUTS = {f.__name__: f for f in (
+    quantised, tied, million_characters, rows_of_train_in_test, no_bos, no_pad, no_eos,
+    one_example, any_script, two_devices, no_example_of_a_task)}
+
+
+@pytest.mark.parametrize("what", ODD_INPUTS)
+def test_an_odd_input_gets_the_right_result(what, base, tmp_path, capsys):
+    ODD_INPUTS[what](base, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_or_gradient_that_is_not_finite_costs_the_open_task_alone(bad):
+    mose = ready("a")
+    before = logits(mose, "a")
+    mose.begin_task("b")
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.1)
+    (mose.model(input_ids=IDS, labels=IDS).loss * bad).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="'b' is not finite: forget"):
+        mose.end_task()
+    mose.forget("b")
+    learn(mose, "b")
+    mose.end_task()
+    assert torch.equal(logits(mose, "a"), before) and logits(mose, "b").isfinite().all()
+
+
+# ------------------------------------------------------------------------------ properties
+
+
+def test_no_order_of_calls_changes_a_learned_task():
+    explored, steps = reliability.sequences(12, length=8)
+    assert explored >= 12 and steps > 50
+
+
+def test_the_search_over_orders_finds_a_fault(monkeypatch):
+    """Control: used entries that go on being overwritten."""
+    def careless(layer, mask, values):
+        layer.frozen = torch.where(mask, values, 0.0)
+        layer.used = mask.clone()
+
+    monkeypatch.setattr(SubExperts, "keep", careless)
+    with pytest.raises(AssertionError):
+        reliability.sequences(12, length=8, phases=[reliability.hypothesis.Phase.generate])
+
+
+def test_masks_of_any_form_are_coded_without_loss():
+    st = reliability.stateful.st
+
+    @reliability.hypothesis.settings(max_examples=200, deadline=None, database=None)
+    @reliability.hypothesis.given(st.lists(st.integers(0, 700), max_size=40), st.integers(1, 300))
+    def check(gaps, rest):
+        places = torch.tensor(gaps, dtype=torch.long).add(1).cumsum(0) - 1
+        length = int(places[-1]) + rest if len(gaps) else rest
+        mask = torch.zeros(length, dtype=torch.bool).index_fill(0, places, True)
+        assert torch.equal(module.decode(module.encode(mask)), mask)
+
+    check()
+
+
+# ------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_huge_gates_and_equal_scores_give_no_nan(dtype):
+    mose = MoSE(tiny().to(dtype), MoSEConfig(top_k=2))
+    learn(mose, "a")
+    for layer in mose.layers:
+        layer.router.data.fill_(3e4)
+        layer.router.data[0] = -3e4
+        layer.score.data.fill_(0.5)
+    assert all(int(layer.select().sum()) == layer.num_new for layer in mose.layers)
+    mose.end_task()
+    assert logits(mose, "a").isfinite().all()
+
+
+def test_a_pool_with_one_free_entry_and_a_full_one_go_on():
+    mose = ready("a", density=1.0, num_experts=1, rank=1)
+    assert mose.capacity()["a"]["share"] == 1.0
+    for name in "bc":  # full: nothing new, but it is legal and finite
+        learn(mose, name)
+        assert mose.end_task()["new"] == 0 and logits(mose, name).isfinite().all()
+    for layer in mose.layers:  # one free entry left
+        layer.used[-1] = False
+    mose.begin_task("d")
+    assert all(layer.num_new == 1 and int((layer.select() & ~layer.used).sum()) == 1
+               for layer in mose.layers)
+
+
+def test_exactly_k_of_any_scores():
+    for score in (torch.zeros(50), torch.full((50,), float("-inf")), torch.randn(50)):
+        assert [int(top_k_mask(score, k).sum()) for k in (0, 1, 49, 50)] == [0, 1, 49, 50]
+
+
+# ------------------------------------------------------------------------------ long runs
+
+
+def held(mose):
+    """Bytes of all tensors that can be reached from it, each storage once."""
+    seen = {}
+    tensors = [t for layer in mose.layers for t in vars(layer).values() if torch.is_tensor(t)]
+    tensors += [t for layer in mose.layers for t in [*layer.parameters(), *layer.buffers()]]
+    tensors += [*mose.keys.total.values(), mose.keys.square]
+    for t in tensors:
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    codes = sum(len(code) + routers.nbytes for code, routers in mose.tasks.values())
+    return sum(seen.values()), codes
+
+
+def test_memory_stays_flat_over_a_hundred_tasks():
+    mose = MoSE(tiny())
+    sizes, tensors = [], []
+    for i in range(100):
+        learn(mose, f"{i}", steps=1)
+        mose.end_task()
+        if i in (19, 99):
+            gc.collect()
+            sizes.append(held(mose))
+            tensors.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    pool, codes = zip(*sizes)
+    keys = 80 * mose.keys.square.shape[0] * 4
+    assert pool[1] - pool[0] <= keys + 80 * 64  # a key for each task, and nothing else
+    assert codes[1] < 5 * codes[0] and tensors[1] - tensors[0] <= 80 * 2 + 10
+
+
+def test_a_thousand_times_on_and_off_leaves_no_hook():
+    model = tiny()
+    count = functools.partial(lambda: sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()))
+    before = count()
+    for _ in range(1000):
+        mose = MoSE(model, MoSEConfig(num_experts=1, rank=1))
+        assert count() > before
+        mose.detach()
+    assert count() == before and not any(isinstance(m, SubExperts) for m in model.modules())
