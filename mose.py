@@ -16,9 +16,12 @@ construction. A new task takes at most the share `density` of what is still free
 ever more slowly and never runs out.
 
     mose = MoSE(model)
-    mose.begin_task("FOMC")
+    mose.begin_task("FOMC")                             # begin_task(name, probe): may reuse a task
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=3e-3)
-    ...                                                 # per batch: mose.observe(ids, mask); train
+    for ids, mask, labels in batches:
+        mose.observe(ids, mask)                         # feeds the key that tells this task later
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
     mose.end_task()
     mose.set_task(mose.infer_task(ids, mask))           # or set_task("FOMC"), if the task is known
 
@@ -348,8 +351,9 @@ class MoSE:
     def begin_task(self, name, probe=None):
         """Open a task; returns the finished task that it starts from, or None.
 
-        From None its delta is exactly 0 until it is trained. probe() gives the loss of some of its
-        examples; it is called under the bare base and under each finished task.
+        From None its delta is exactly 0 until it is trained. probe() tells how much is left to
+        learn, say the share of its examples that are answered wrong; it is called under the bare
+        base and under each finished task.
         """
         if self.open is not None or not isinstance(name, str) or name in self.tasks:
             raise ValueError(f"{name!r}: expected a task not in {[*self.tasks]}, none open; "
@@ -364,17 +368,17 @@ class MoSE:
         return source
 
     def _source(self, probe):
-        """The finished task that helps a new one most, and the share of its loss that is left."""
-        losses = {}
+        """The finished task that helps a new one most, and the share that it leaves to learn."""
+        left = {}
         for name in [None, *self.tasks]:
             with self.task(name), torch.no_grad():
-                losses[name] = float(probe())
-        # CHOICE: a new task starts from the one under which its loss is lowest, if that is well
-        # below the base's: weakly related ones do harm. The share of the loss that is left there
-        # says how many new entries it needs. How the paper reuses old experts is not known.
-        best = min(losses, key=losses.get)
-        left = losses[best] / losses[None] if best is not None else 1.0
-        return (best, left) if left < 0.67 else (None, 1.0)
+                left[name] = float(probe())
+        # CHOICE: a new task starts from the one that leaves least to learn, if that is well below
+        # what the base leaves: weakly related ones do harm. It takes that share of the new entries.
+        # How the paper reuses old experts is not known.
+        best = min(left, key=left.get)
+        need = left[best] / left[None] if best is not None else 1.0
+        return (best, need) if need < 0.75 else (None, 1.0)
 
     def trainable_parameters(self):
         """The open task's Parameters. Give each task a fresh optimizer: old momentum is noise."""

@@ -305,24 +305,26 @@ def examples(task, args, tokenizer):
         yield prompt + answer, [-100] * len(prompt) + answer
 
 
-def answer_loss(model, tokenizer, rows):
-    """The loss of all answer tokens of some examples, summed; and the attention mask."""
+def answers(model, tokenizer, rows):
+    """For each answer token of some examples: logits (n, V), labels (n,), its example (n,)."""
     ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id)
     labels = pad([labels for _, labels in rows], -100)[0][:, 1:].to(model.device)
     wanted, head = labels != -100, model.get_output_embeddings()
     # Logits of prompts are most of what a step holds in memory, and no loss reads them.
     with head.register_forward_pre_hook(lambda _, x: x[0][:, :-1][wanted]):
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-    return F.cross_entropy(logits.float(), labels[wanted], reduction="sum"), mask
+    return logits.float(), labels[wanted], wanted.nonzero()[:, 0]
 
 
 def probe(model, tokenizer, task, args):
-    """The loss of a task's first examples under what is in force, in small batches."""
-    rows, loss = [*examples(task, args, tokenizer)][:64], torch.zeros((), device=model.device)
+    """The share of a task's first examples that what is in force gets wrong, token for token. The
+    loss would not do: most of it goes as soon as the form of an answer is known."""
+    rows, wrong = [*examples(task, args, tokenizer)][:64], torch.zeros((), device=model.device)
     size = args.micro_batch or args.batch
     for start in range(RANK * size, len(rows), WORLD * size):
-        loss += answer_loss(model, tokenizer, rows[start:start + size])[0]
-    return sum_over_processes(loss)[0]
+        logits, labels, example = answers(model, tokenizer, rows[start:start + size])
+        wrong += example[logits.argmax(-1) != labels].unique().numel()
+    return sum_over_processes(wrong)[0] / len(rows)
 
 
 def sum_over_processes(*tensors):
@@ -361,10 +363,13 @@ def train(model, tokenizer, parameters, task, args, title):
         total, own = torch.zeros((), device=model.device), batch[RANK::WORLD]
         size = args.micro_batch or len(batch)
         for start in range(0, len(own), size):
-            loss, mask = answer_loss(model, tokenizer, [parts[i] for i in own[start:start + size]])
-            (loss / count).backward()
-            total += loss.detach() / count
-            seen, padded = seen + mask.numel(), padded + int((mask == 0).sum())
+            rows = [parts[i] for i in own[start:start + size]]
+            logits, labels, _ = answers(model, tokenizer, rows)
+            loss = F.cross_entropy(logits, labels, reduction="sum") / count
+            loss.backward()
+            total += loss.detach()
+            full = len(rows) * max(len(ids) for ids, _ in rows)
+            seen, padded = seen + full, padded + full - sum(len(ids) for ids, _ in rows)
         sum_over_processes(total, *(p.grad for p in parameters))
         if not total.isfinite():
             raise ValueError(f"{task.name}: the loss is {total} at step {step}: lower --lr; "

@@ -3,8 +3,8 @@
     python benchmarks/ablation.py        # writes results/ablation.json and results/ablation.md
 
 Each row learns four tasks of trace-mini (synthetic) in a row with train_trace.py's own loop: those
-that one LoRA does not always solve, since the others tell no settings apart. Rows run side by side,
-one thread each.
+that one LoRA does not always solve, since the others tell no settings apart. Every task starts from
+the bare base: transfer is off. Rows run side by side, one thread each.
 """
 
 import argparse
@@ -30,18 +30,18 @@ redraw, straight_through = mose.SubExperts.redraw, mose.straight_through
 
 
 @torch.no_grad()
-def carry_over(layer):
+def carry_over(layer, *start):
     """Scores go on from where the last task left them, as in Winning SubNetworks."""
     before = layer.score.clone()
-    redraw(layer)
+    redraw(layer, *start)
     if layer.used.any():
         layer.score.copy_(before)
 
 
 @torch.no_grad()
-def wide_start(layer):
+def wide_start(layer, *start):
     """Scores start ten times as far apart, so the first random mask changes less."""
-    redraw(layer)
+    redraw(layer, *start)
     layer.score.mul_(10.0)
 
 
@@ -85,6 +85,7 @@ def one(name, seed):
     sys.stderr = open(os.devnull, "w")  # a progress bar for each task of each row says nothing
     method, options, patch = ROWS[name]
     mose.SubExperts.redraw, mose.straight_through = redraw, straight_through
+    mose.MoSE._source = lambda *given: (None, 1.0)  # benchmarks/transfer.py is about that
     if patch:
         setattr(mose.SubExperts if patch[0] == "redraw" else mose, *patch)
     args = train_trace.Args(tasks=TASKS, seeds=str(seed), split="eval", device="cpu",

@@ -58,6 +58,7 @@ def x_lora(model, hidden):
     with tempfile.TemporaryDirectory() as folder:
         lora(model, RANK, names).save_pretrained(folder)
         base = type(model)(model.config).to(model.device, model.dtype)
+        base.config.use_cache = False  # X-LoRA refuses a KV cache
         paths = {str(i): f"{folder}/{name}" for i, name in enumerate(names)}
         return peft.get_peft_model(base, peft.XLoraConfig(
             task_type="CAUSAL_LM", hidden_size=hidden, adapters=paths, use_trainable_adapters=True))
@@ -237,11 +238,12 @@ def main():
         pipes[name], other = spawn.Pipe()
         jobs.append(spawn.Process(target=serve, args=(name, args.device, other), daemon=True))
         jobs[-1].start()
+        other.close()  # so that the end of a process is the end of its pipe, and no endless wait
     first, last, one, eight, x = SYSTEMS
     plan = {
         "training step, s": ((first, last, one, x), "train"),
         "peak memory, bytes": ((first, last, one, x), "memory"),
-        "finish": ((first, last), "finish"),
+        "finish": (SYSTEMS, "finish"),
         "decode batch 1, s": ((first, last, one, x), "decode", 1),
         "decode batch 8, s": ((first, last, one, x), "decode", 8),
         "decode 8 tasks, s": ((last, eight), "mixed"),

@@ -49,7 +49,8 @@ def run(folder, options):
         return child
     with contextlib.suppress(BaseException):
         os.chdir(folder)
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        for stream in (1, 2):  # of the report, which is a process of its own, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         torch.set_num_threads(1)
         train_trace.main(train_trace.parse([*SHORT, *options]))
         os._exit(0)

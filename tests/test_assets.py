@@ -15,8 +15,12 @@ sys.path.insert(0, str(ROOT / "assets"))
 import make_assets  # noqa: E402
 
 
+EVERY = [*make_assets.TASKS, *make_assets.TRANSFER]
+
+
 def shipped(task, split):
-    return json.loads((ROOT / "assets/trace-mini" / task / f"{split}.json").read_text())
+    folder = "trace-mini" if task in make_assets.TASKS else "transfer-mini"
+    return json.loads((ROOT / "assets" / folder / task / f"{split}.json").read_text())
 
 
 def runs_of(text, n):
@@ -31,7 +35,7 @@ def pretraining():
     return [make_assets.pretraining_text(rng) for _ in range(20000)]
 
 
-@pytest.mark.parametrize("task", make_assets.TASKS)
+@pytest.mark.parametrize("task", EVERY)
 def test_the_shipped_tasks_are_what_the_script_makes(task):
     for split, rows in make_assets.make_task(task, seed=0).items():
         assert shipped(task, split) == rows
@@ -39,7 +43,7 @@ def test_the_shipped_tasks_are_what_the_script_makes(task):
     assert other["train"] != shipped(task, "train"), "control: the seed matters"
 
 
-@pytest.mark.parametrize("task", make_assets.TASKS)
+@pytest.mark.parametrize("task", EVERY)
 def test_no_test_prompt_stands_in_train(task):
     splits = {split: [row["prompt"] for row in shipped(task, split)] for split in make_assets.SIZES}
     assert {split: len(prompts) for split, prompts in splits.items()} == make_assets.SIZES
@@ -47,7 +51,7 @@ def test_no_test_prompt_stands_in_train(task):
     assert len({*every}) == len(every)
 
 
-@pytest.mark.parametrize("task", make_assets.TASKS)
+@pytest.mark.parametrize("task", EVERY)
 def test_pretraining_text_shares_no_phrase_with_a_task(task, pretraining):
     rows = [row for split in make_assets.SIZES for row in shipped(task, split)]
     counts = collections.Counter()
@@ -62,7 +66,7 @@ def test_pretraining_text_shares_no_phrase_with_a_task(task, pretraining):
     assert len(single & known) > 0.5 * len(single), "control: single words are shared"
 
 
-@pytest.mark.parametrize("task", make_assets.TASKS)
+@pytest.mark.parametrize("task", EVERY)
 def test_pretraining_text_never_asks_the_way_a_task_does(task, pretraining):
     prompt = shipped(task, "test")[0]["prompt"]
     cue = prompt.rpartition("\n")[2].split()[-1]  # "Stance:", "Sum:", .. or "<EOL>"

@@ -1,8 +1,10 @@
 """The README says what the code does: its choices, its limits, its code blocks, its links."""
 
+import doctest
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import mose  # noqa: E402
 import train_trace  # noqa: E402
 
 import report  # noqa: E402
@@ -42,12 +45,14 @@ def test_the_results_table_is_that_of_the_json():
     assert {*results} == {*train_trace.METHODS}
     for method, runs in results.items():
         cells = [report.spread([r[key] for r in runs]) for key in ("op", "bwt", "op_tail")]
-        cells += [f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else ""]
+        size = runs[0]["bytes"][-1] if runs[0]["bytes"] else 0
+        cells += [f"{size:,}", f"{size / 8:,.0f}"] if size else ["", ""]
+        cells += [report.spread([r["seconds"] for r in runs], 0)]
         assert f"| {method} | " + " | ".join(cells) + " |" in README
 
 
 def test_the_python_block_runs_as_it_stands():
-    block, = (text for kind, text in BLOCKS if kind == "python")
+    block = next(text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 11
     model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
@@ -56,6 +61,26 @@ def test_the_python_block_runs_as_it_stands():
     scope = {"model": model, "tasks": tasks, "torch": torch}
     exec(block, scope)
     assert [*scope["mose"].tasks] == ["x", "y"] and scope["mose"].active == ["y", "y"]
+
+
+def test_the_example_by_hand_gives_what_it_says():
+    block, = (text for kind, text in BLOCKS if kind == "pycon")
+    test = doctest.DocTestParser().get_doctest(block, {}, "README", "README.md", 0)
+    assert doctest.DocTestRunner().run(test).failed == 0 and len(test.examples) > 8
+
+
+def test_the_example_in_the_docstring_runs():
+    block = re.search(r"\n    mose = MoSE.*?\n\n", mose.__doc__, re.S)[0]
+    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    ids = torch.arange(24).view(3, 8)
+    scope = {"model": model, "MoSE": mose.MoSE, "torch": torch}
+    exec(textwrap.dedent(block), scope | {"batches": [(ids, torch.ones_like(ids), ids)]})
+
+
+def test_every_python_command_names_a_script_that_is_there():
+    every = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    files = [word for line in every for word in line.split() if word.endswith(".py")]
+    assert len(files) > 5 and all((ROOT / file).exists() for file in files)
 
 
 @pytest.mark.parametrize("line", [

@@ -1,0 +1,105 @@
+"""A new task may start from a related one: where it starts, whom it chooses, what it takes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import train_trace  # noqa: E402
+import transfer  # noqa: E402
+from test_mose import attach, data, learn, reloaded, snapshot  # noqa: E402
+
+
+def left(mose, **shares):
+    """A probe: what is left to learn under each task, 1.0 where nothing is said."""
+    return lambda: shares.get(mose.active, 1.0)
+
+
+def test_a_task_with_a_source_starts_as_that_task_bit_for_bit():
+    mose = learn(attach(), "a", "b")
+    assert mose.begin_task("c", left(mose, a=0.5)) == "a"
+    assert torch.equal(snapshot(mose, "c"), snapshot(mose, "a"))
+    assert not torch.equal(snapshot(mose, "c"), snapshot(mose, None))
+    mose.forget("c")
+    assert mose.begin_task("c") is None  # control: without a probe it starts as the bare base
+    assert torch.equal(snapshot(mose, "c"), snapshot(mose, None))
+
+
+@pytest.mark.parametrize("shares, source", [
+    ({"a": 0.5, "b": 0.4}, "b"), ({"a": 0.1, "b": 0.4}, "a"), ({"a": 0.74}, "a"),
+    ({"a": 0.76}, None), ({}, None), ({"a": float("nan")}, None), ({"a": 2.0}, None)])
+def test_the_source_leaves_least_to_learn_and_well_below_the_base(shares, source):
+    mose = learn(attach(), "a", "b")
+    assert mose.begin_task("c", left(mose, **shares)) == source
+
+
+def test_new_entries_are_as_many_as_what_is_left_asks_for():
+    new = {}
+    for share in (1.0, 0.5, 0.1, 0.0):
+        mose = learn(attach(), "a")
+        free = [int((~layer.used).sum()) for layer in mose.layers]
+        mose.begin_task("b", left(mose, a=share))
+        new[share] = mose.end_task()["new"]
+        need = share if share < 0.75 else 1.0
+        assert new[share] == sum(int(need * mose.config.density * n) for n in free)
+    assert new[0.0] == 0 < new[0.1] < new[0.5] < new[1.0]
+
+
+def test_what_is_inherited_is_read_and_never_written():
+    mose = learn(attach(), "a")
+    before = snapshot(mose, "a")
+    mose.begin_task("b", left(mose, a=0.5))
+    inherited = [layer.used.clone() for layer in mose.layers]
+    learn_on(mose)
+    for layer, mask in zip(mose.layers, inherited):
+        assert (layer.select() & mask).sum() == mask.sum()  # all of it, whatever the gradient
+    mose.end_task()
+    assert torch.equal(snapshot(mose, "a"), before)
+    assert not torch.equal(snapshot(mose, "b"), before), "control: it did learn"
+
+
+def learn_on(mose, steps=5):
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.05, weight_decay=0.1)
+    for _ in range(steps):
+        mose.model(input_ids=data("c"), labels=data("c")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_task_outlives_its_source(tmp_path):
+    mose = learn(attach(), "a")
+    mose.begin_task("b", left(mose, a=0.5))
+    learn_on(mose)
+    mose.end_task()
+    before = snapshot(mose, "b")
+    mose.forget("a")
+    assert torch.equal(snapshot(mose, "b"), before)
+    assert torch.equal(snapshot(reloaded(mose, tmp_path / "m"), "b"), before)
+
+
+def test_a_probe_that_fails_leaves_everything_as_it_was():
+    mose = learn(attach(), "a", "b")
+    with pytest.raises(ZeroDivisionError):
+        mose.begin_task("c", lambda: 1 / 0)
+    assert mose.open is None and mose.active == "b" and [*mose.tasks] == ["a", "b"]
+
+
+def test_the_probe_counts_answers_that_are_not_right_in_every_token(monkeypatch):
+    labels = torch.tensor([5, 2, 6, 2, 7, 2])  # three answers of two tokens
+    example = torch.tensor([0, 0, 1, 1, 2, 2])
+    guess = torch.tensor([5, 2, 9, 2, 9, 9])  # the first is right, the others are not
+    logits = torch.nn.functional.one_hot(guess, 10).float()
+    monkeypatch.setattr(train_trace, "answers", lambda *given: (logits, labels, example))
+    model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
+    args = train_trace.Args(tasks="FOMC", max_train=3)
+    task, = train_trace.load_tasks(args, tokenizer, model)
+    assert train_trace.probe(model, tokenizer, task, args) == pytest.approx(2 / 3)
+
+
+def test_the_report_is_that_of_the_json():
+    results = json.loads((ROOT / "results/transfer.json").read_text())
+    assert transfer.report(results) == (ROOT / "results/transfer.md").read_text(encoding="utf-8")
