@@ -258,6 +258,7 @@ def report(results):
              f"tasks, {STEPS} steps of 16 examples for every size, mean ± deviation over seeds "
              f"{min(SEEDS)}-{max(SEEDS)}; scores 0-100. Earlier tasks, in this order: "
              f"{', '.join(EARLY)}.\n",
+             "![Score by number of examples; share of the pool in use](transfer.png)\n",
              "## Related tasks: score by the number of training examples\n",
              "| task | examples | LoRA from scratch | LoRA continued | MoSEs, reuse off | MoSEs |"
              " new entries, off | new entries |", "|---" * 8 + "|"]
