@@ -20,6 +20,7 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import report  # noqa: E402
 import train_trace  # noqa: E402
 from mose import MoSE, decode  # noqa: E402
 
@@ -74,17 +75,8 @@ def main():
     axes[1].set(title=f"the router of {task}: gates", xlabel="expert", ylabel="tokens of a prompt")
     figure.colorbar(image, ax=axes[1])
     for axis, (method, result) in zip(axes[2:], results.items()):
-        numbers = [[float("nan") if v is None else v for v in row] for row in result["R"]]
-        axis.imshow(numbers, cmap="Greys", vmin=0, vmax=100)
-        for t, row in enumerate(result["R"]):
-            for i, value in enumerate(row):
-                if value is not None:
-                    axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                              color="white" if value > 55 else "black")
-        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=7)
-        axis.set_yticks(range(len(tasks)), tasks, fontsize=7)
-        axis.set(title={"lora": "one LoRA in sequence: score", "mose": "MoSEs: score"}[method],
-                 xlabel="tested task", ylabel="after learning")
+        title = {"lora": "one LoRA in sequence: score", "mose": "MoSEs: score"}[method]
+        report.draw_matrix(axis, result["R"], tasks, title, size=7)
     figure.suptitle(f"tiny-llm on trace-mini (synthetic), seed {options.seeds}, n = "
                     f"{result['examples'][task][1]} test examples a task", fontsize=9)
     figure.savefig(args.out, dpi=100)

@@ -115,6 +115,21 @@ def title_of(results):
             f"{span(sizes)} training and {span(tests)} test examples a task")
 
 
+def draw_matrix(axis, matrix, tasks, title, size=8):
+    """Scores in grey, 0 to 100, with the number in each cell; returns the image."""
+    numbers = [[float("nan") if v is None else v for v in row] for row in matrix]
+    image = axis.imshow(numbers, vmin=0, vmax=100, cmap="Greys")
+    for t, row in enumerate(matrix):
+        for i, value in enumerate(row):
+            if value is not None:
+                axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=size,
+                          color="white" if value > 55 else "black")
+    axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=size)
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=size)
+    axis.set(title=title, xlabel="tested task", ylabel="after learning")
+    return image
+
+
 def draw_matrices(results, file):
     """Rows: after which task; columns: which task is tested; cells: the score, 0-100."""
     panels = [(f"{method}, task known", mean_matrix([r["R"] for r in runs]))
@@ -130,16 +145,7 @@ def draw_matrices(results, file):
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     for axis, (name, matrix) in zip(axes.flat, panels):
-        numbers = [[float("nan") if v is None else v for v in row] for row in matrix]
-        image = axis.imshow(numbers, vmin=0, vmax=100, cmap="Greys")
-        for t, row in enumerate(matrix):
-            for i, value in enumerate(row):
-                if value is not None:
-                    axis.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=8,
-                              color="white" if value > 55 else "black")
-        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
-        axis.set(title=name, xlabel="tested task", ylabel="after learning")
+        image = draw_matrix(axis, matrix, tasks, name)
     figure.colorbar(image, ax=axes, shrink=0.6, label="score, 0-100")
     figure.suptitle(title_of(results), fontsize=9)
     figure.savefig(file, dpi=110)
