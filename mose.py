@@ -75,7 +75,7 @@ class MoSEConfig:
 def top_k_mask(score, k):
     """The bool mask of exactly the k largest scores (N,)."""
     # By index: a threshold keeps everything that ties with it, and the mask outgrows k.
-    return torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.topk(k).indices, True)
+    return torch.zeros_like(score).bool().index_fill(0, score.topk(k, sorted=False).indices, True)
 
 
 def straight_through(weight, score, frozen, used, mask):
@@ -208,23 +208,23 @@ class SubExperts(torch.nn.Module):
             pool = straight_through(self.weight, self.score, self.frozen, self.used, mask)
         if pool.dim() == 2 and len(pool) != len(x):
             raise ValueError(f"set_task() got {len(pool)} tasks for a batch of {len(x)} examples")
-        gates = torch.softmax(x.to(router) @ self.projection @ router.mT, dim=-1)  # (B, T, E)
-        best = gates.topk(self.config.top_k or self.config.num_experts, dim=-1)  # (B, T, K)
-        # CHOICE: chosen gates keep their softmax value. Scaled to sum to 1, a single one would
-        # always be 1, and the router would never learn.
-        gates = torch.zeros_like(gates).scatter(-1, best.indices, best.values)  # (B, T, E)
-        rows = pool.unflatten(-1, (-1, self.config.num_experts * self.config.rank))
         # Written, not appended (checkpointing runs a forward pass twice), and kept until backward.
-        self.gates, self.pool = gates, rows.split(self.rows, dim=-2)
+        self.gates = torch.softmax(x.to(router) @ self.projection @ router.mT, dim=-1)  # (B, T, E)
+        if self.config.top_k:
+            best = self.gates.topk(self.config.top_k, dim=-1)  # (B, T, K)
+            # CHOICE: chosen gates keep their softmax value. Scaled to sum to 1, a single one would
+            # always be 1, and the router would never learn.
+            self.gates = torch.zeros_like(self.gates).scatter(-1, best.indices, best.values)
+        self.pool = pool.unflatten(-1, (sum(self.rows), -1)).split(self.rows, dim=-2)
 
     def add_delta(self, i, linear, args, out):
         """Forward hook of target i: equation (2), all experts in two matrix products."""
         if not self.on:
             return out
         A, B = self.pool[2 * i : 2 * i + 2]  # (D, E*R), (O, E*R), or one of each per example
-        h = args[0].to(A) @ A  # (B, T, E*R)
-        h = h.unflatten(-1, (-1, self.config.rank)) * self.gates[..., None]  # (B, T, E, R)
-        return out + (self.config.scale * h.flatten(-2) @ B.mT).to(out.dtype)  # (B, T, O)
+        h = (args[0].to(A) @ A).unflatten(-1, (-1, self.config.rank))  # (B, T, E, R)
+        delta = (h * self.gates[..., None]).flatten(-2) @ B.mT  # (B, T, O)
+        return out.add(delta.to(out.dtype), alpha=self.config.scale)
 
 
 # ------------------------------------------------------------------------------ task keys

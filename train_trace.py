@@ -311,7 +311,7 @@ def answers(model, tokenizer, rows):
     labels = pad([labels for _, labels in rows], -100)[0][:, 1:].to(model.device)
     wanted, head = labels != -100, model.get_output_embeddings()
     # Logits of prompts are most of what a step holds in memory, and no loss reads them.
-    with head.register_forward_pre_hook(lambda _, x: x[0][:, :-1][wanted]):
+    with head.register_forward_pre_hook(lambda _, x: x[0][:, :-1][wanted.to(x[0].device)]):
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     return logits.float(), labels[wanted], wanted.nonzero()[:, 0]
 

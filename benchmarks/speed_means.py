@@ -1,0 +1,181 @@
+"""What each means of mose.py's speed gives: as it is and changed, in turns (A B A B ..).
+
+    pip install peft
+    python benchmarks/speed_means.py       # the best device here; writes results/speed-means-DEVICE
+
+Everything is one process on the base of bench_peft.py. Ratio: a step with the change to a step of
+mose.py as it is. The predictions were written down before anything was measured.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.bench_peft import System  # noqa: E402
+from mose import SubExperts  # noqa: E402
+
+real = {name: getattr(SubExperts, name) for name in ("route", "add_delta", "select")}
+now = dict(real)  # what runs; hooks are bound when they are attached, so they come through here
+for method in real:
+    setattr(SubExperts, method, lambda self, *args, method=method: now[method](self, *args))
+
+
+# ------------------------------------------------------------------------------ the changes
+
+
+def expert_loop(self, i, linear, args, out):
+    """add_delta with two small products for each expert."""
+    if not self.on:
+        return out
+    rank = self.config.rank
+    A, B = self.pool[2 * i : 2 * i + 2]
+    x, delta = args[0].to(A), 0.0
+    for e in range(self.config.num_experts):
+        own = slice(e * rank, (e + 1) * rank)
+        delta = delta + self.gates[..., e, None] * (x @ A[..., own]) @ B[..., own].mT
+    return out + (self.config.scale * delta).to(out.dtype)
+
+
+def mask_at_every_token(self, attention, args, kwargs):
+    """route that masks the pool of a finished task anew in every forward pass."""
+    if self.pool_now is not None:
+        self.pool_now = torch.where(self.pool_now != 0, self.frozen, 0.0)
+    return real["route"](self, attention, args, kwargs)
+
+
+def project_for_every_target(self, i, linear, args, out):
+    """add_delta with a projection and a softmax of its own."""
+    if self.on:
+        router = self.router if self.router_now is None else self.router_now
+        self.gates = torch.softmax(args[0].to(router) @ self.projection @ router.mT, dim=-1)
+    return real["add_delta"](self, i, linear, args, out)
+
+
+def choose_among_all(self, attention, args, kwargs):
+    """route that takes the top E of E gates."""
+    real["route"](self, attention, args, kwargs)
+    if self.on:
+        best = self.gates.topk(self.config.num_experts, dim=-1)
+        self.gates = torch.zeros_like(self.gates).scatter(-1, best.indices, best.values)
+
+
+def select_once(self):
+    """select that chooses once for each optimizer step."""
+    if getattr(self, "chosen_at", None) != self.score._version:
+        self.chosen, self.chosen_at = real["select"](self), self.score._version
+    return self.chosen
+
+
+@contextlib.contextmanager
+def using(name, other, system):
+    now[name] = other
+    yield
+    now[name] = real[name]
+
+
+@contextlib.contextmanager
+def compiled(system):
+    system.compiled = getattr(system, "compiled", None) or torch.compile(system.model)
+    eager, system.model = system.model, system.compiled
+    yield
+    system.model = eager
+
+
+def instead(name, other):
+    return functools.partial(using, name, other)
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+CHANGES = [  # what is changed; the step; how; the predicted ratio and why
+    ("a loop over experts", "train", instead("add_delta", expert_loop), 1.3,
+     "loops were seen to take 2-5 times as long, and adapters are 1/5 of a step"),
+    ("a projection and softmax for each target", "train",
+     instead("add_delta", project_for_every_target), 1.02,
+     "two more products with 16 columns, where q_proj has 512"),
+    ("mask chosen once for 4 micro-batches", "accumulate", instead("select", select_once), 0.98,
+     "saves 3 of 4 top-k of 6 x 131,072 scores; left out of mose.py"),
+    ("a loop over experts", "decode", instead("add_delta", expert_loop), 1.3,
+     "4 times as many small products, and each costs its start"),
+    ("masks applied at every token", "decode", instead("route", mask_at_every_token), 1.1,
+     "12 MB more to read and write for a token; the base reads 90"),
+    ("a projection and softmax for each target", "decode",
+     instead("add_delta", project_for_every_target), 1.03, "36 small operations among some 900"),
+    ("top-k though all gates are on", "decode", instead("route", choose_among_all), 1.02,
+     "18 small operations among some 900"),
+    ("torch.compile", "forward", compiled, 0.9, "fused element-wise operations; products dominate"),
+]
+
+
+def steps(system):
+    """{name: a function that does one step and returns its seconds}."""
+    def accumulate(parts=4):
+        ids = system.ids(system.batch, system.length)
+        system.model.train()
+
+        def work():
+            for part in ids.chunk(parts):
+                system.model(input_ids=part, labels=part).loss.backward()
+            system.optimizer.step()
+            system.optimizer.zero_grad()
+
+        return system.clock(work)
+
+    @torch.no_grad()
+    def forward():
+        ids = system.ids(system.batch, system.length)
+        return system.clock(lambda: system.model(input_ids=ids, use_cache=False))
+
+    return {"train": system.train, "accumulate": accumulate, "forward": forward,
+            "decode": lambda: system.decode(1)}
+
+
+def ratio(system, step, change, rounds, warm=2):
+    """The median ratio of the step with a change to the step without, in turns."""
+    ratios = []
+    for _ in range(warm + rounds):
+        before = step()
+        with change(system):
+            ratios.append(step() / before)
+    return statistics.median(ratios[warm:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    args = parser.parse_args()
+    system, table = System("MoSEs, 1st task", args.device), []
+    for name, what, change, predicted, why in CHANGES:
+        if what in ("decode", "forward") and system.optimizer:
+            system.finish()
+        gave = ratio(system, steps(system)[what], change, args.rounds)
+        table.append((name, what, f"{predicted:.2f}", f"{gave:.3f}", why))
+        print(f"{name:42} {what:11} predicted {predicted:.2f}  measured {gave:.3f}", flush=True)
+    head = ("change", "step", "predicted ratio", "measured", "why it was predicted")
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {platform.machine()}"
+    text = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *table)]
+    text = [f"# What each means of speed gives, {args.device}\n",
+            f"`python benchmarks/speed_means.py --device {args.device}`: {gpu}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, seed 0, medians of "
+            f"{args.rounds} ratios in turns; base and sizes as in speed-{args.device}.md.\n", *text]
+    file = args.out / f"speed-means-{args.device}"
+    file.with_suffix(".md").write_text("\n".join(text) + "\n")
+    record = [dict(zip(head, row)) for row in table]
+    file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
