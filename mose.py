@@ -3,30 +3,30 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file; it needs only torch.
 
 The base is frozen. Each target projection y = W x of its self-attention layers gets E low-rank
-experts. A task has a router, which gives every token a gate per expert, and a mask, which says what
-of the experts the task may read:
+experts; all weights of a layer's experts are its pool of entries. A task has a router, which gives
+every token a gate per expert, and a mask, which says which entries of the pool the task may read:
 
     gate = top_k(softmax(router[task] @ projection @ x))                              (1)
     y    = W x + scale * sum_e gate_e * B_e @ A_e @ x                                 (2)
     A, B = mask[task] * where(used, frozen, weight)                                   (3)
 
-`used` marks what some finished task reads. Those values come from the buffer `frozen`, which no
-optimizer can hold, so the output of a finished task can't change: forgetting is ruled out by
-construction. A new task takes at most the share `density` of what is still free, so the pool fills
-ever more slowly and never runs out.
+`used` marks the entries that some finished task reads. Their values come from the buffer `frozen`,
+which no optimizer can hold, so the output of a finished task can't change: forgetting is ruled out
+by construction. A new task takes at most the share `density` of the entries that are still free, so
+the pool fills ever more slowly and never runs out.
 
     mose = MoSE(model)
     mose.begin_task("FOMC")                             # begin_task(name, probe): may reuse a task
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=3e-3)
-    for ids, mask, labels in batches:
-        mose.observe(ids, mask)                         # feeds the key that tells this task later
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    mose.observe(prompt_ids)                            # its key, by which it is recognised later
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=1e-3)
+    for ids, labels in batches:
+        model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step(), optimizer.zero_grad()
     mose.end_task()
-    mose.set_task(mose.infer_task(ids, mask))           # or set_task("FOMC"), if the task is known
+    mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC"), if the task is known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts, P router input,
-N entries of a layer's pool.
+N entries of a layer's pool. "Mask" is a task's mask; that of padding is `attention_mask`.
 """
 
 import contextlib
@@ -54,15 +54,15 @@ class MoSEConfig:
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert
     top_k: int | None = None  # 1 <= K <= E experts for a token; None: all
-    density: float = 0.03  # in (0, 1]: a mask, of the pool; its new part, of what is free
-    scale: float = 32.0  # > 0, of the experts' sum
+    density: float = 0.03  # in (0, 1]: share of the pool a task reads, of free entries it takes
+    scale: float = 32.0  # > 0, factor of the experts' sum
     router_dim: int = 16  # P >= 1
-    key_dim: int = 64  # >= 1, of a task's key
-    isolate: bool = True  # False: one router, no masks, so that tasks overwrite one another
+    key_dim: int = 64  # >= 1, numbers of a task's key
+    isolate: bool = True  # False, for baselines only: one router, no masks, tasks overwrite another
 
     def __post_init__(self):
         most = {"top_k": self.num_experts, "density": 1.0}
-        for field in dataclasses.fields(self)[1:-1]:
+        for field in dataclasses.fields(self)[1:-1]:  # all but targets and isolate
             value, high = getattr(self, field.name), most.get(field.name, math.inf)
             fits = isinstance(value, (int, type(field.default)))  # None fits top_k alone
             if not fits or value is not None and not 0 < value <= high:
@@ -79,19 +79,24 @@ def top_k_mask(score, k):
 
 
 def straight_through(weight, score, frozen, used, mask):
-    """Equation (3), with the gradient of mask = 1 (after Winning SubNetworks, ICML 2022)."""
+    """Equation (3), with the gradient of mask = 1 (after Winning SubNetworks, ICML 2022).
+
+    All (N,). Whether or not the mask holds an entry, its score gets the gradient times its value,
+    and its weight gets the gradient itself, unless it is used.
+    """
     value = torch.where(used, frozen, weight)
     # DIFFERS: weights outside the mask learn too, not only their scores. B starts at 0, where the
-    # gradient of its scores is exactly 0: its mask would never leave its random start.
-    learned = value + value.detach() * score
-    return torch.where(mask, value, 0.0).detach() + (learned - learned.detach())
+    # gradient of its scores is exactly 0: the mask of B would never leave its random start.
+    surrogate = value + value.detach() * score
+    return torch.where(mask, value, 0.0).detach() + (surrogate - surrogate.detach())
 
 
 def encode(mask):
     """A sparse (n,) mask as bytes: the gaps between its entries, Huffman-coded by zlib.
 
+    0 0 1 0 1 has the gaps 2, 1 and, up to its end, 0: bytes 2, 1, 0. A gap of 300 is 255, 45.
     Gaps between chance positions are geometric, and this comes within 5 % of their entropy, 0.2
-    bits an entry at density 0.03. A gap of 255 or more takes several bytes, all but the last 255.
+    bits for an entry of the pool at density 0.03.
     """
     gaps = torch.nn.functional.pad(mask, (1, 1), value=True).nonzero().flatten().diff() - 1
     steps = torch.full((len(gaps) + int((gaps // 255).sum()),), 255)
@@ -114,7 +119,7 @@ class SubExperts(torch.nn.Module):
 
     The A (D, E*R) and B (O, E*R) of the targets, one below the other, are one pool of N entries:
 
-    weight, score  (N,) what an optimizer moves, whatever it does
+    weight, score  (N,) what an optimizer moves; no finished task reads it
     frozen, used   (N,) values and places of finished tasks; buffers, so no optimizer holds them
     """
 
@@ -129,16 +134,17 @@ class SubExperts(torch.nn.Module):
         projection = fixed_projection(in_out([*linears.values()][0])[0], config.router_dim)
         self.targets = {name: in_out(linears[name]) for name in linears if name in config.targets}
         self.rows = [size for shape in self.targets.values() for size in shape]  # D, O, D, O, ..
-        # Bounds of the uniform start. That of B is 0: a new task's delta is exactly 0.
-        starts = [start for d, o in self.targets.values() for start in [d**-0.5] * d + [0.0] * o]
-        bound = torch.tensor(starts).repeat_interleave(config.num_experts * config.rank)
-        buffers = {"bound": bound, "frozen": bound * 0.0, "used": bound.isinf(), "pool_now": None}
-        for name, value in (buffers | {"projection": projection, "router_now": None}).items():
+        # A starts uniform in +-1/sqrt(D), B at 0: a new task's delta is exactly 0.
+        bounds = [bound for d, o in self.targets.values() for bound in [d**-0.5] * d + [0.0] * o]
+        bound = torch.tensor(bounds).repeat_interleave(config.num_experts * config.rank)
+        zeros = torch.zeros_like(bound)
+        buffers = {"projection": projection, "bound": bound, "frozen": zeros, "used": zeros.bool()}
+        for name, value in (buffers | {"values_now": None, "router_now": None}).items():
             self.register_buffer(name, value)
-        self.weight, self.score = torch.nn.Parameter(bound * 0.0), torch.nn.Parameter(bound * 0.0)
+        self.weight = torch.nn.Parameter(zeros.clone())
+        self.score = torch.nn.Parameter(zeros.clone(), requires_grad=config.isolate)
         self.router = torch.nn.Parameter(torch.zeros(config.num_experts, config.router_dim))
         self.to(next(attention.parameters()).device)
-        self.score.requires_grad_(config.isolate)
         self.handles = [attention.register_forward_pre_hook(self.route, with_kwargs=True)]
         deltas = [functools.partial(self.add_delta, i) for i in range(len(self.targets))]
         self.handles += [linears[n].register_forward_hook(d) for n, d in zip(self.targets, deltas)]
@@ -147,16 +153,17 @@ class SubExperts(torch.nn.Module):
         return destination  # adds nothing, or base.save_pretrained() would write the adapter too
 
     def __getstate__(self):
-        return {**self.__dict__, "gates": None, "pool": None}  # a graph can't be copied or pickled
+        return {**self.__dict__, "gates": None, "matrices": None}  # no graph can be copied
 
     # ---- the life of a task
 
     @torch.no_grad()
     def redraw(self, need, mask, router):
-        """Ready router, scores and free entries for a new task.
+        """Initialise router, scores and free entries for a new task.
 
-        It may start from a finished one, with mask (N,) and router (E, P), and then takes the share
-        `need` of its new entries. Their values start at 0: so far, it is the finished task.
+        mask (N,) and router (E, P) are those of the finished task that it starts from, or zeros.
+        From such a source it takes the share `need` of the usual new entries, and their values
+        start at 0: so far, it is the source.
         """
         fresh, device = 0.0 if mask.any() else 1.0, self.used.device
         # Not 0 when fresh: at a tie top-k would always take expert 0.
@@ -165,10 +172,12 @@ class SubExperts(torch.nn.Module):
         # be in the next task's delta before it has learned anything.
         self.weight.uniform_(-1.0, 1.0).mul_(self.bound * fresh)
         # CHOICE: used entries start at the bottom and win their place by gradient, but for those of
-        # the task it starts from. Scores carried over starve it; drawn for all, they mix in noise.
+        # the task it starts from. With the last task's scores a new one gets few good entries, and
+        # with random scores it starts from noise. At 1e9 no step moves a score: a source is kept.
         self.score.uniform_(0.0, 0.01).masked_fill_(self.used, 0.0).add_(mask.to(device), alpha=1e9)
         # CHOICE: the share is of what is still free, so that the pool never runs out.
         self.num_new = int(need * self.config.density * (~self.used).sum())
+        # Used ones: what the new ones leave of a mask's size, but never fewer than the source has.
         self.num_old = max(int(mask.sum()), round(self.config.density * len(mask)) - self.num_new)
 
     def select(self):
@@ -178,6 +187,7 @@ class SubExperts(torch.nn.Module):
         # CHOICE: one mask is chosen for all A and B of a layer together, so that what needs more
         # entries gets more.
         score = self.score.detach()
+        # top-k returns as many as it is asked for, even free ones and those that won nothing.
         old = top_k_mask(score.masked_fill(~self.used, 0.0), self.num_old) & self.used & (score > 0)
         return old | top_k_mask(score.masked_fill(self.used, -math.inf), self.num_new)
 
@@ -190,38 +200,39 @@ class SubExperts(torch.nn.Module):
     def activate(self, on, mask=None, router=None):
         """Put the open task in force, or finished ones: mask (N,) and router (E, P), or one of each
         per example, (B, N) and (B, E, P)."""
-        device, self.on, self.gates, self.pool = self.used.device, on, None, None
+        device, self.on, self.gates, self.matrices = self.used.device, on, None, None
         # Built here once, and not for every token.
-        self.pool_now = None if mask is None else torch.where(mask.to(device), self.frozen, 0.0)
+        self.values_now = None if mask is None else torch.where(mask.to(device), self.frozen, 0.0)
         self.router_now = None if mask is None else router.to(device)
 
     # ---- the life of a token
 
     def route(self, attention, args, kwargs):
-        """Forward pre-hook of the attention module: equations (3) and (1)."""
+        """Forward pre-hook of the attention module: equations (3) and (1), for all its targets."""
         if not self.on:
             return
         x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
-        pool, router = self.pool_now, self.router_now
-        if pool is None:
+        values, router = self.values_now, self.router_now  # (N,), (E, P), or B of each
+        if values is None:  # the open task
             router, mask = self.router, self.select()
-            pool = straight_through(self.weight, self.score, self.frozen, self.used, mask)
-        if pool.dim() == 2 and len(pool) != len(x):
-            raise ValueError(f"set_task() got {len(pool)} tasks for a batch of {len(x)} examples")
-        # Written, not appended (checkpointing runs a forward pass twice), and kept until backward.
+            values = straight_through(self.weight, self.score, self.frozen, self.used, mask)
+        if values.dim() == 2 and len(values) != len(x):
+            raise ValueError(f"set_task() got {len(values)} tasks for a batch of {len(x)} examples")
+        # Overwritten by each forward pass (checkpointing runs it twice), and kept until backward.
         self.gates = torch.softmax(x.to(router) @ self.projection @ router.mT, dim=-1)  # (B, T, E)
         if self.config.top_k:
             best = self.gates.topk(self.config.top_k, dim=-1)  # (B, T, K)
             # CHOICE: chosen gates keep their softmax value. Scaled to sum to 1, a single one would
             # always be 1, and the router would never learn.
             self.gates = torch.zeros_like(self.gates).scatter(-1, best.indices, best.values)
-        self.pool = pool.unflatten(-1, (sum(self.rows), -1)).split(self.rows, dim=-2)
+        # (N,) -> (D + O + D + O + .., E*R) -> A, B, A, B, ..
+        self.matrices = values.unflatten(-1, (sum(self.rows), -1)).split(self.rows, dim=-2)
 
     def add_delta(self, i, linear, args, out):
         """Forward hook of target i: equation (2), all experts in two matrix products."""
         if not self.on:
             return out
-        A, B = self.pool[2 * i : 2 * i + 2]  # (D, E*R), (O, E*R), or one of each per example
+        A, B = self.matrices[2 * i : 2 * i + 2]  # (D, E*R), (O, E*R), or one of each per example
         h = (args[0].to(A) @ A).unflatten(-1, (-1, self.config.rank))  # (B, T, E, R)
         delta = (h * self.gates[..., None]).flatten(-2) @ B.mT  # (B, T, O)
         return out.add(delta.to(out.dtype), alpha=self.config.scale)
@@ -233,9 +244,9 @@ class SubExperts(torch.nn.Module):
 class TaskKeys:
     """Which task does a prompt belong to? Running sums only: no prompt is kept.
 
-    A prompt is its mean token embedding under a fixed projection and a 1, which counts: x (key_dim
-    + 1,). Its task is the nearest mean by Mahalanobis distance, with one covariance for all (linear
-    discriminant analysis).
+    A prompt is its mean token embedding under a fixed projection, with a 1 appended, whose sum is
+    the number of prompts: x (key_dim + 1,). Its task is the nearest mean by Mahalanobis distance,
+    with one covariance for all (linear discriminant analysis).
     """
 
     # CHOICE: the task is inferred from the prompt's token embeddings, before any pass through the
@@ -267,7 +278,8 @@ class TaskKeys:
         root = torch.linalg.cholesky(torch.linalg.inv(cov + ridge * torch.eye(len(cov))))
         logits = -0.5 * torch.cdist(x.double() @ root, centers @ root) ** 2  # (B, tasks + 1)
         # CHOICE: "none of these" is one more class, in the middle of all and 3 times as wide.
-        # Without it, a prompt far from every task would belong to the nearest for sure.
+        # Without it, a prompt far from every task would belong to the nearest for sure. A Gaussian
+        # 3 times as wide has its distances over 3, and its peak over 3 for each dimension.
         logits[:, -1] = logits[:, -1] / 9 - len(cov) * math.log(3)
         nearest, sure = logits[:, :-1].argmax(1), logits.softmax(1)[:, :-1].amax(1)
         return [names[i] for i in nearest], sure.tolist()
@@ -292,7 +304,8 @@ def fingerprint(model):
 
 
 def kinds(state):
-    """What two checkpoints must agree in: all of some entries, type and row size of the others."""
+    """What must be equal in two checkpoints: of tensors name, dtype and row size, of the format,
+    the base and the config their value, of all else the type."""
     rows = {(k, v.dtype, v.shape[1:]) for k, v in state.items() if torch.is_tensor(v)}
     rest = [(k, v) for k, v in state.items() if not torch.is_tensor(v)]
     return rows | {(k, repr(v) if k in ("format", "base", "config") else type(v)) for k, v in rest}
@@ -308,7 +321,7 @@ def in_out(layer):
 
 
 class MoSE:
-    """Attaches sub-experts to a model and leads them, and the task keys, from task to task.
+    """Attaches sub-experts to a model, and manages its tasks and their keys.
 
     tasks: {name: (mask over all layers, as `encode` gives it; routers (layers, E, P))}.
     """
@@ -327,8 +340,9 @@ class MoSE:
         there, wanted = {name for _, _, name in linears}, {*self.config.targets}
         if not wanted or wanted - there:
             raise ValueError(f"no linear layer matches {[*wanted - there]}; there are {[*there]}")
-        self.unfrozen = [p for p in model.parameters() if p.requires_grad]
+        self.unfrozen = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
         model.requires_grad_(False)
+        # The attention modules that hold a target, each once.
         self.attentions = [*dict.fromkeys(modules[p] for p, _, name in linears if name in wanted)]
         for attention in self.attentions:
             attention.sub_experts = SubExperts(attention, self.config)
@@ -343,8 +357,7 @@ class MoSE:
             for handle in attention.sub_experts.handles:
                 handle.remove()
             del attention.sub_experts
-        for p in self.unfrozen:
-            p.requires_grad_(True)
+        self.unfrozen.requires_grad_(True)
 
     # ---- the life of a task
 
@@ -374,8 +387,8 @@ class MoSE:
             with self.task(name), torch.no_grad():
                 left[name] = float(probe())
         # CHOICE: a new task starts from the one that leaves least to learn, if that is well below
-        # what the base leaves: weakly related ones do harm. It takes that share of the new entries.
-        # How the paper reuses old experts is not known.
+        # what the base leaves. It takes that share of the new entries. How the paper reuses old
+        # experts is not known.
         best = min(left, key=left.get)
         need = left[best] / left[None] if best is not None else 1.0
         return (best, need) if need < 0.75 else (None, 1.0)
@@ -447,9 +460,10 @@ class MoSE:
                 layer.activate(task is not None)
         else:
             if isinstance(task, list) and task:
-                masks, routers = map(torch.stack, zip(*map(self._record, task)))  # B of the below
+                # (B, N of all layers), (B, layers, E, P)
+                masks, routers = map(torch.stack, zip(*map(self._record, task)))
             else:
-                masks, routers = self._record(task)  # (N of all layers,), (layers, E, P)
+                masks, routers = self._record(task)  # the same without B
             for layer, *record in zip(self.layers, masks.split(self.sizes, -1), routers.unbind(-3)):
                 layer.activate(True, *record)
         self.active = task
@@ -506,6 +520,7 @@ class MoSE:
             mask = decode(code)
             new, used = int((mask & ~used).sum()), used | mask
             size = {"masks": len(code), "weights": 4 * new, "routers": 4 * routers.numel()}
+            # Sums of 4 bytes, one for each task; one half of the symmetric x x^T for all.
             size["keys"] = 2 * dim * (2 * (name in self.keys.total) + (0 if report else dim + 1))
             report[name] = {"new": new, "share": used.float().mean().item(), "bytes": size}
         return report
@@ -565,14 +580,14 @@ class MoSE:
         if wrong:
             mose.detach()
             raise ValueError(f"{path} is not for this base: missing, unexpected or other {wrong}")
-        codes, routers = state["masks"].split([*state["tasks"].values()]), mose.blank[1]
-        for name, code, routers in zip(state["tasks"], codes, state["routers"]):
-            mose.tasks[name] = bytes(code.tolist()), routers
+        codes = [bytes(c.tolist()) for c in state["masks"].split([*state["tasks"].values()])]
+        mose.tasks = dict(zip(state["tasks"], zip(codes, state["routers"])))
+        _, routers = [mose.blank, *mose.tasks.values()][-1]  # a shared router goes on from there
         used = mose._used()
         values = torch.zeros(len(used)).masked_scatter(used, state["values"])
         for i, (mask, value) in enumerate(zip(used.split(mose.sizes), values.split(mose.sizes))):
             mose.layers[i].keep(mask, value)
-            mose.layers[i].weight.copy_(value)  # what a shared pool goes on learning from
+            mose.layers[i].weight.copy_(value)  # and so do shared values
             mose.layers[i].router.copy_(routers[i])
             mose.layers[i].router.requires_grad_(not state["router_frozen"])
         mose.keys.total = dict(zip(state["keys"], state["totals"]))

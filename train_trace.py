@@ -103,7 +103,7 @@ class Args:
     device_map: str = option("", "auto spreads a large base over several GPUs (needs accelerate)")
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
     ask: list[str] = dataclasses.field(default_factory=list, metadata={
-        "metavar": "FILE PROMPT", "help": "only answer a prompt with an adapter of --methods mose"})
+        "metavar": ("FILE", "PROMPT"), "help": "only answer a prompt, with an adapter of mose"})
 
 
 def parse(argv=None):
@@ -584,7 +584,8 @@ def claim(args):
     if shutil.disk_usage(folder).free < 2**28:
         raise ValueError(f"{folder}: less than 256 MB are free there: make room before you train")
     if not args.resume:
-        if (folder / "args.json").exists() and not args.force:
+        done = [file for file in folder.glob("*.json") if file.name != "args.json"]
+        if done and not args.force:  # nothing is lost of a run that failed before its first task
             raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
                              "with it, or --force to overwrite it")
         for file in folder.glob("*.json"):

@@ -4,10 +4,11 @@
     python benchmarks/bench_peft.py        # the best device here; writes results/speed-DEVICE.md
 
 One process for each system, and they are measured in turns (A B B A ..), so that what else the
-machine does meets all of them alike. Each figure is a median after warm-up, over several launches,
-for two processes that run the same code may differ by some percent. The base is a Llama of random
-weights: right for speed and memory, and no more. Generation is greedy, with a KV cache. "Best
-possible" is the ratio of an adapter that costs nothing: of the bare base.
+machine does meets all of them alike. Each figure is a median after warm-up, and a ratio that of the
+ratios in each turn, over several launches, for two processes that run the same code may differ by
+some percent. The base is a Llama of random weights: right for speed and memory, and no more.
+Generation is greedy, with a KV cache. "Best possible" is the ratio of an adapter that costs
+nothing: of the bare base.
 """
 
 import argparse
@@ -126,7 +127,7 @@ class System:
 
         return self.clock(work)
 
-    def train_nothing(self):
+    def train_bare(self):
         """What no adapter can save: the bare base forward, and backward down to its first layer."""
         ids = self.ids(self.batch, self.length)
         start = self.model.get_input_embeddings()(ids).requires_grad_()
@@ -196,7 +197,7 @@ FIRST, LAST, ONE, EIGHT, X = SYSTEMS
 ONCE = ("memory", "finish", "bytes")  # every other request is repeated
 PLAN = {  # what: by whom, request
     "training step, s": ((FIRST, LAST, ONE, X), "train"),
-    "training step of the bare base, s": ((FIRST,), "train_nothing"),
+    "training step of the bare base, s": ((FIRST,), "train_bare"),
     "peak memory, bytes": ((FIRST, ONE), "memory"),
     "finish": (SYSTEMS, "finish"),
     "decode batch 1, s": ((FIRST, LAST, ONE, X), "decode", 1),
@@ -233,7 +234,7 @@ def launch(device, rounds, warm, bar):
 
 
 def rows(result, device):
-    """The table, with the ratio that an adapter which costs nothing would have."""
+    """The table, from {what: {system: values}}."""
     gpu = device == "cuda"
     train, memory = result["training step, s"], result["peak memory, bytes"]
     one, eight = result["decode batch 1, s"], result["decode batch 8, s"]
@@ -241,27 +242,31 @@ def rows(result, device):
     bare_one, bare_eight = (result[f"decode batch {b} of the bare base, s"][FIRST] for b in (1, 8))
     mixed, size = result["decode 8 tasks, s"], result["added by a task, bytes"]
     switch, infer, forward = (result[f"{k}, s"][LAST] for k in ("switch", "infer_task", "forward"))
-    table = []
+    token = [value / TOKENS for value in one[LAST]]
+    median, table = statistics.median, []
 
-    def row(what, ours, theirs, target, bare=None, unit="ms", up=False):
-        best = "" if bare is None else f"{theirs / bare if up else bare / theirs:.3f}"
-        ratio = theirs / ours if up else ours / theirs
-        met = "yes" if (ratio >= target if up else ratio <= target) else "NO"
-        a, b = (v * {"ms": 1e3, "MiB": 2**-20, "bytes": 1}[unit] for v in (ours, theirs))
-        digits = 0 if unit == "bytes" else 1
-        table.append((what, f"{a:,.{digits}f} {unit}", f"{b:,.{digits}f} {unit}", f"{ratio:.3f}",
-                      f"{'>=' if up else '<='} {target}", met, best))
+    def row(what, ours, theirs, target, bare=None, unit="ms", speed=False):
+        best, ratios = "", [b / a if speed else a / b for a, b in zip(ours, theirs)]
+        if bare:
+            best = median(bare) / median(theirs)
+            best = f"{1 / best if speed else best:.3f}"
+        met = median(ratios) >= target if speed else median(ratios) <= target
+        factor, digits = {"ms": (1e3, 1), "MiB": (2**-20, 1), "bytes": (1, 0)}[unit]
+        a, b = (f"{median(v) * factor:,.{digits}f} {unit}" for v in (ours, theirs))
+        table.append((what, a, b, f"{median(ratios):.3f}", f"{'>=' if speed else '<='} {target}",
+                      "yes" if met else "NO", best))
 
     row("training step", train[FIRST], train[ONE], 1.05 if gpu else 1.10, bare_train)
     row("peak memory of training", memory[FIRST], memory[ONE], 1.05 if gpu else 1.10, unit="MiB")
-    row("decode, batch 1 (speed)", one[FIRST], one[ONE], 0.95, bare_one, up=True)
-    row("decode, batch 8 (speed)", eight[FIRST], eight[ONE], 0.95, bare_eight, up=True)
-    row("decode, 8 tasks (speed)", mixed[LAST], mixed[EIGHT], 3 if gpu else 2, bare_eight, up=True)
-    row("task switch / decode step", switch, one[LAST] / TOKENS, 1)
+    row("decode, batch 1 (speed)", one[FIRST], one[ONE], 0.95, bare_one, speed=True)
+    row("decode, batch 8 (speed)", eight[FIRST], eight[ONE], 0.95, bare_eight, speed=True)
+    row("decode, 8 tasks (speed)", mixed[LAST], mixed[EIGHT], 3 if gpu else 2, bare_eight,
+        speed=True)
+    row("task switch / decode step", switch, token, 1)
     row("X-LoRA: training step", train[FIRST], train[X], 0.5, bare_train)
-    row("X-LoRA: decode (speed)", one[FIRST], one[X], 4, bare_one, up=True)
+    row("X-LoRA: decode (speed)", one[FIRST], one[X], 4, bare_one, speed=True)
     row("100th / 1st: training step", train[LAST], train[FIRST], 1.05)
-    row("100th / 1st: decode (speed)", one[LAST], one[FIRST], 0.95, up=True)
+    row("100th / 1st: decode (speed)", one[LAST], one[FIRST], 0.95, speed=True)
     row("100th / 1st: bytes added", size[LAST], size[FIRST], 1, unit="bytes")
     row("infer_task / forward pass", infer, forward, 0.02)
     return [("", "ours", "theirs", "ratio", "target", "met", "best possible"), *table]
@@ -271,23 +276,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=SHAPES, default=best)
-    parser.add_argument("--launches", type=int, default=3, help="of all processes anew")
+    parser.add_argument("--launches", type=int, default=5, help="of all processes anew")
     parser.add_argument("--rounds", type=int, default=7, help="that count, for each launch")
     parser.add_argument("--warm", type=int, default=2, help="rounds before, that do not count")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     args = parser.parse_args()
     with tqdm(total=args.launches * len(PLAN), desc="measure", ncols=100) as bar:
         runs = [launch(args.device, args.rounds, args.warm, bar) for _ in range(args.launches)]
-    medians = {what: {name: statistics.median(v for run in runs for v in run[what][name])
-                      for name in plan[0]} for what, plan in PLAN.items()}
-    table = rows(medians, args.device)
+    result = {what: {name: [v for run in runs for v in run[what][name]] for name in plan[0]}
+              for what, plan in PLAN.items()}
+    table = rows(result, args.device)
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {platform.machine()}"
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
     shape, dtype, batch = SHAPES[args.device]
     lines = [f"# Speed and memory against peft: {args.device}\n",
              f"`python benchmarks/bench_peft.py --device {args.device}`: {gpu}, "
              f"{torch.get_num_threads()} threads, seed 0, {versions}, medians of {args.launches} "
-             f"launches with {args.rounds} rounds each, in turns. Random Llama {shape}, {dtype}, "
+             f"launches x {args.rounds} rounds, in turns. Random Llama {shape}, {dtype}, "
              f"training batch {batch}; {EXPERTS} experts of rank {RANK} on {', '.join(TARGETS)} "
              f"against rank {EXPERTS * RANK}; {TOKENS} tokens are generated after {PROMPT}, and "
              "the time of a decode is that of all. Best possible: an adapter that costs nothing.\n"]
@@ -295,8 +300,8 @@ def main():
     lines += [text[0], "|---" * len(table[0]) + "|", *text[1:]]
     (args.out / f"speed-{args.device}.md").write_text("\n".join(lines) + "\n")
     record = {"device": gpu, "threads": torch.get_num_threads(), "versions": versions,
-              "medians": medians, "table": table, "runs": runs}
-    (args.out / f"speed-{args.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+              "table": table, "values": result}
+    (args.out / f"speed-{args.device}.json").write_text(json.dumps(record) + "\n")
     widths = [max(map(len, column)) for column in zip(*table)]
     print("\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths)) for row in table))
 

@@ -37,7 +37,7 @@ def expert_loop(self, i, linear, args, out):
     if not self.on:
         return out
     rank = self.config.rank
-    A, B = self.pool[2 * i : 2 * i + 2]
+    A, B = self.matrices[2 * i : 2 * i + 2]
     x, delta = args[0].to(A), 0.0
     for e in range(self.config.num_experts):
         own = slice(e * rank, (e + 1) * rank)
@@ -47,8 +47,8 @@ def expert_loop(self, i, linear, args, out):
 
 def mask_at_every_token(self, attention, args, kwargs):
     """route that masks the pool of a finished task anew in every forward pass."""
-    if self.pool_now is not None:
-        self.pool_now = torch.where(self.pool_now != 0, self.frozen, 0.0)
+    if self.values_now is not None:
+        self.values_now = torch.where(self.values_now != 0, self.frozen, 0.0)
     return real["route"](self, attention, args, kwargs)
 
 
@@ -84,7 +84,8 @@ def using(name, other, system):
 
 @contextlib.contextmanager
 def compiled(system):
-    system.compiled = getattr(system, "compiled", None) or torch.compile(system.model)
+    if not hasattr(system, "compiled"):
+        system.compiled = torch.compile(system.model)
     eager, system.model = system.model, system.compiled
     yield
     system.model = eager
@@ -104,7 +105,7 @@ CHANGES = [  # what is changed; the step; how; the predicted ratio and why
      instead("add_delta", project_for_every_target), 1.02,
      "two more products with 16 columns, where q_proj has 512"),
     ("mask chosen once for 4 micro-batches", "accumulate", instead("select", select_once), 0.98,
-     "saves 3 of 4 top-k of 6 x 131,072 scores; left out of mose.py"),
+     "saves 3 of 4 top-k of 6 x 131,072 scores"),
     ("a loop over experts", "decode", instead("add_delta", expert_loop), 1.3,
      "4 times as many small products, and each costs its start"),
     ("masks applied at every token", "decode", instead("route", mask_at_every_token), 1.1,

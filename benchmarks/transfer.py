@@ -335,16 +335,17 @@ def draw(results, file):
     looks = {"LoRA from scratch": ("#0072b2", "--", "s"), "LoRA continued": ("#cc79a7", "-.", "^"),
              "off (by score alone)": ("#999999", ":", "v"), "ours": ("#000000", "-", "o")}
     for axis, name in zip(axes, RELATED):
-        for method, (color, line, marker) in looks.items():
+        for i, (method, (color, line, marker)) in enumerate(looks.items()):
             found = [[r["score"] for r in every if
                       (r["task"], r["size"], r["method"]) == (name, size, method)]
                      for size in SIZES]
-            axis.errorbar(SIZES, [statistics.mean(v) for v in found],
+            beside = [size * 1.05 ** (i - 1.5) for size in SIZES]  # or error bars hide one another
+            axis.errorbar(beside, [statistics.mean(v) for v in found],
                           [statistics.stdev(v) if len(v) > 1 else 0 for v in found], color=color,
                           linestyle=line, marker=marker, capsize=3, label={
                               "ours": "MoSEs", "off (by score alone)": "MoSEs, reuse off"}.get(
                               method, method))
-        axis.set(title=f"{name} (related to {RELATED[name]})", xscale="log", ylim=(0, 103),
+        axis.set(title=f"{name} (after {RELATED[name]} and others)", xscale="log", ylim=(0, 122),
                  xlabel="training examples", ylabel="score, 0-100")
         axis.set_xticks(SIZES, SIZES)
         axis.minorticks_off()
@@ -354,13 +355,16 @@ def draw(results, file):
         if runs:
             axes[-1].plot(range(33), [0] + [statistics.mean(v) for v in zip(*runs)], color=color,
                           linestyle=line, label=label)
-    axes[-1].set(title="32 tasks in a row", xlabel="tasks learned", ylabel="share of pool in use")
+    most = [1 - (1 - mose.MoSEConfig.density) ** t for t in range(33)]
+    axes[-1].plot(range(33), most, color="#999999", linestyle=":", label="the most it can be")
+    axes[-1].set(title="32 tasks in a row (seed 0)", xlabel="tasks learned",
+                 ylabel="share of the pool in use")
     for axis in axes:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, loc="upper left")
         axis.grid(alpha=0.3)
     seeds = len({key for key in results if key.startswith("related")})
-    figure.suptitle(f"tiny-llm, synthetic tasks; mean and deviation of {seeds} seeds, "
-                    "n = 100 test examples a task", fontsize=9)
+    figure.suptitle(f"tiny-llm, synthetic tasks, n = 100 test examples; left and middle: mean and "
+                    f"deviation of {seeds} seeds", fontsize=9)
     figure.savefig(file, dpi=110)
 
 

@@ -2,9 +2,9 @@
 
     python results/method.py runs/trace-mini-0        # writes results/method.png
 
-Left: the pool of the first layer's A of q_proj, each entry in the shade of the task that took it.
-Middle: the router at work, the gates of each token of one prompt. Right: what every task scores
-after every other, for MoSEs and for one LoRA trained in sequence.
+Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that took
+it, and the gates of each token of one prompt in the last layer. Bottom: what every task scores
+after every other, for one LoRA trained in sequence and for MoSEs.
 """
 
 import argparse
@@ -23,6 +23,10 @@ sys.path.insert(0, str(ROOT))
 import report  # noqa: E402
 import train_trace  # noqa: E402
 from mose import MoSE, decode  # noqa: E402
+
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart.
+COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
 
 def owners(mose, layer=0):
@@ -53,32 +57,35 @@ def main():
     options = train_trace.Args(**results["mose"]["args"])
     model, tokenizer = train_trace.load_model(options)
     mose, tasks = MoSE.load(model, args.run / "mose.pt"), results["mose"]["tasks"]
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained",
-                                width_ratios=(1.1, 1.1, 1, 1))
-    shades = plt.get_cmap("viridis", len(tasks) + 1)
-    shades.set_under("white")
-    image = axes[0].imshow(owners(mose), cmap=shades, vmin=0.5, vmax=len(tasks) + 0.5,
-                           aspect="auto", interpolation="nearest")
+    plt.rcParams["font.size"] = 11
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
+    (pool, router), matrices = axes
+    colours = matplotlib.colors.ListedColormap(COLOURS[:len(tasks)])
+    colours.set_under("white")
+    image = pool.imshow(owners(mose), cmap=colours, vmin=0.5, vmax=len(tasks) + 0.5, aspect="auto",
+                        interpolation="nearest")
+    width = mose.config.rank
     for e in range(1, mose.config.num_experts):
-        axes[0].axvline(e * mose.config.rank - 0.5, color="black", linewidth=0.6)
-    axes[0].set(title="the pool: A of one layer, all experts",
-                xlabel=f"{mose.config.num_experts} experts of rank {mose.config.rank}",
-                ylabel="input")
-    bar = figure.colorbar(image, ax=axes[0], ticks=range(1, len(tasks) + 1))
-    bar.ax.set_yticklabels(tasks, fontsize=7)
+        pool.axvline(e * width - 0.5, color="black", linewidth=0.6)
+    pool.set_xticks([e * width + width / 2 for e in range(mose.config.num_experts)],
+                    [f"expert {e}" for e in range(mose.config.num_experts)])
+    pool.set(title="who took which entry of A (q_proj, first layer)", ylabel="input dimension")
+    bar = figure.colorbar(image, ax=pool, ticks=range(1, len(tasks) + 1))
+    bar.ax.set_yticklabels(tasks, fontsize=9)
+    bar.ax.invert_yaxis()  # in the order of learning, as the matrices below
     task = "FOMC"
     prompt = train_trace.read(options.data, task, "test")[0]["prompt"]
     tokens, values = gates(mose, tokenizer, task, prompt)
-    image = axes[1].imshow(values, cmap="Greys", aspect="auto", vmin=0)
-    axes[1].set_yticks(range(len(tokens)), tokens, fontsize=6)
-    axes[1].set_xticks(range(values.shape[1]))
-    axes[1].set(title=f"the router of {task}: gates", xlabel="expert", ylabel="tokens of a prompt")
-    figure.colorbar(image, ax=axes[1])
-    for axis, (method, result) in zip(axes[2:], results.items()):
-        title = {"lora": "one LoRA in sequence: score", "mose": "MoSEs: score"}[method]
-        report.draw_matrix(axis, result["R"], tasks, title, size=7)
+    image = router.imshow(values, cmap="Greys", aspect="auto", vmin=0)
+    router.set_yticks(range(len(tokens)), tokens, fontsize=8)
+    router.set_xticks(range(values.shape[1]), [f"expert {e}" for e in range(values.shape[1])])
+    router.set(title=f"gates of a prompt of {task} (last layer)", ylabel="token")
+    figure.colorbar(image, ax=router)
+    for axis, (method, result) in zip(matrices, results.items()):
+        title = {"lora": "one LoRA in sequence: scores", "mose": "MoSEs: scores"}[method]
+        report.draw_matrix(axis, result["R"], tasks, title, size=9)
     figure.suptitle(f"tiny-llm on trace-mini (synthetic), seed {options.seeds}, n = "
-                    f"{result['examples'][task][1]} test examples a task", fontsize=9)
+                    f"{result['examples'][task][1]} test examples a task", fontsize=11)
     figure.savefig(args.out, dpi=100)
 
 

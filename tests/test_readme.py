@@ -1,6 +1,7 @@
 """The README says what the code does: its choices, its limits, its code blocks, its links."""
 
 import doctest
+import json
 import re
 import shlex
 import sys
@@ -44,21 +45,44 @@ def test_the_results_table_is_that_of_the_json():
     results = report.load([ROOT / "results/trace-mini.json"])
     assert {*results} == {*train_trace.METHODS}
     for method, runs in results.items():
-        cells = [report.spread([r[key] for r in runs]) for key in ("op", "bwt", "op_tail")]
+        spread = {key: report.spread([r[key] for r in runs], 0 if key == "seconds" else 1)
+                  for key in ("op", "bwt", "learned", "op_tail", "seconds")}
         size = runs[0]["bytes"][-1] if runs[0]["bytes"] else 0
-        cells += [f"{size:,}", f"{size / 8:,.0f}"] if size else ["", ""]
-        cells += [report.spread([r["seconds"] for r in runs], 0)]
-        assert f"| {method} | " + " | ".join(cells) + " |" in README
+        sizes = [f"{size:,}", f"{size / 8:,.0f}"] if size else ["", ""]
+        cells = [f"{runs[0]['parameters']:,}", spread["op"], spread["bwt"], spread["learned"],
+                 spread["op_tail"], *sizes, spread["seconds"]]
+        row, = re.findall(rf"^\| `{method}` \| [^|]* \| (.*) \|$", README, re.M)
+        assert row == " | ".join(cells)
+
+
+def test_the_speed_tables_are_those_of_the_json():
+    for row in json.loads((ROOT / "results/speed-cpu.json").read_text())["table"]:
+        assert f"| {' | '.join(row)} |" in README
+    for row in json.loads((ROOT / "results/speed-means-cpu.json").read_text()):
+        assert f"| {' | '.join([*row.values()][:4])} |" in README
+
+
+@pytest.mark.parametrize("section, files", [
+    ("Transfer", ["transfer.md"]), ("Ablation", ["ablation.md"]), ("Speed", ["speed-cpu.md"]),
+    ("Reliability", ["reliability.md"])])
+def test_numbers_of_a_section_stand_in_its_file(section, files):
+    """All scores with their deviations, and all numbers with a thousands separator."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    source = "".join((ROOT / "results" / file).read_text(encoding="utf-8") for file in files)
+    source = source.replace(",", "")
+    numbers = re.findall(r"\d+\.\d ± \d+\.\d|\d+,\d{3}", text)
+    assert [n for n in numbers if n.replace(",", "") not in source] == []
+    assert numbers or section == "Reliability"
 
 
 def test_the_python_block_runs_as_it_stands():
     block = next(text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
-    assert len(code) <= 11
+    assert len(code) <= 10
     model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
     ids = torch.tensor([tokenizer(f"{word} one two")["input_ids"][:3] for word in ("a", "b")])
-    tasks = {name: [(ids + i, torch.ones_like(ids), ids)] * 3 for i, name in enumerate(("x", "y"))}
-    scope = {"model": model, "tasks": tasks, "torch": torch}
+    tasks = {name: (ids + i, [(ids + i, ids)] * 3) for i, name in enumerate(("x", "y"))}
+    scope = {"model": model, "tasks": tasks}
     exec(block, scope)
     assert [*scope["mose"].tasks] == ["x", "y"] and scope["mose"].active == ["y", "y"]
 
@@ -73,8 +97,8 @@ def test_the_example_in_the_docstring_runs():
     block = re.search(r"\n    mose = MoSE.*?\n\n", mose.__doc__, re.S)[0]
     model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
     ids = torch.arange(24).view(3, 8)
-    scope = {"model": model, "MoSE": mose.MoSE, "torch": torch}
-    exec(textwrap.dedent(block), scope | {"batches": [(ids, torch.ones_like(ids), ids)]})
+    scope = {"model": model, "MoSE": mose.MoSE, "torch": torch, "prompt_ids": ids}
+    exec(textwrap.dedent(block), scope | {"batches": [(ids, ids)]})
 
 
 def test_every_python_command_names_a_script_that_is_there():

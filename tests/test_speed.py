@@ -59,6 +59,6 @@ def test_masked_matrices_are_built_once_for_a_task_and_not_for_a_token(monkeypat
     switched = len(calls)
     mose.model.generate(data("a"), max_new_tokens=5)
     assert switched == len(calls) == 1
-    assert all(layer.pool_now is not None for layer in mose.layers)
+    assert all(layer.values_now is not None for layer in mose.layers)
     mose.begin_task("b")
-    assert all(layer.pool_now is None for layer in mose.layers)  # dropped when training
+    assert all(layer.values_now is None for layer in mose.layers)  # dropped when training

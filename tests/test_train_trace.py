@@ -310,6 +310,9 @@ def test_results_are_not_overwritten_without_force(run, monkeypatch):
     with pytest.raises(ValueError, match="--force"):
         train_trace.main(Args(name="a"))
     assert (folder / "mose.json").read_bytes() == before
+    with pytest.raises(ValueError, match="can't be read"):
+        train_trace.main(Args(name="new", data="nowhere"))
+    train_trace.claim(Args(name="new"))[1].close()  # of a run that failed at once nothing is lost
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_path, monkeypatch):
