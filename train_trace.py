@@ -474,13 +474,15 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
     if args.resume and state.exists():
         result = json.loads(state.read_text())
     files, learns, alone = result["files"], method not in ("floor", "base"), method == "task_lora"
+    adapter = None
     for t, task in [*enumerate(tasks)][len(result["R"]):]:
         start = time.time()
         torch.manual_seed(1000 * int(args.seeds) + t)
-        adapter = None
         if learns:
-            adapter = (MoSE.load(model, folder / files[-1]) if t and not alone else
-                       attach(model, method, args))
+            if alone or not t:
+                adapter = attach(model, method, args)
+            elif not adapter:  # resumed; else it is the one that was tested, from the same file
+                adapter = MoSE.load(model, folder / files[-1])
             if t and method in ("lora", "moe_lora"):  # the others start each task as the bare base
                 adapter.set_task(tasks[t - 1].name)
                 result["before"][t] = mean(evaluate(model, tokenizer, adapter, task, args)[0])
@@ -505,7 +507,7 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
                 adapter = MoSE.load(model, folder / files[i if alone else -1])
             rows.append((floor(seen), None, None) if method == "floor" else
                         evaluate(model, tokenizer, adapter, seen, args))
-        if learns:
+        if learns and (alone or t + 1 == len(tasks)):
             adapter.detach()
         til, tail, right = zip(*rows)
         empty = [None] * (len(tasks) - t - 1)

@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import mose  # noqa: E402
 import train_trace  # noqa: E402
+from report import spread  # noqa: E402
 
 TASKS = "FOMC,MeetingBank,Py150,ScienceQA"
 redraw, straight_through = mose.SubExperts.redraw, mose.straight_through
@@ -135,10 +136,8 @@ def main():
         "|---|---|---|---|---|",
     ]
     for name, runs in rows.items():
-        ops = [r["op"] for r in runs]
         lowest = min(statistics.mean(column) for column in zip(*(r["tasks"] for r in runs)))
-        deviation = statistics.stdev(ops) if len(ops) > 1 else 0.0
-        lines.append(f"| {name} | {statistics.mean(ops):.1f} ± {deviation:.1f} | {lowest:.1f} | "
+        lines.append(f"| {name} | {spread([r['op'] for r in runs])} | {lowest:.1f} | "
                      f"{statistics.mean(r['used'] for r in runs):.3f} | {runs[0]['bytes']:,} |")
     (args.out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     file.write_text(json.dumps({"centre": CENTRE, "rows": rows}, indent=1) + "\n")

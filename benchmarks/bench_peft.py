@@ -13,7 +13,6 @@ nothing: of the bare base.
 
 import argparse
 import importlib.metadata
-import itertools
 import json
 import multiprocessing
 import platform
@@ -29,8 +28,9 @@ import transformers
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 from mose import MoSE, MoSEConfig  # noqa: E402
+from report import aligned  # noqa: E402
 
 SHAPES = {  # device: the base, its dtype, and a training batch (B, T)
     "cpu": (dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, vocab_size=8192,
@@ -79,7 +79,7 @@ class System:
             transformers.LlamaConfig(max_position_embeddings=4096, **shape)).to(device, dtype)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-        self.vocabulary, self.model, self.names = shape["vocab_size"], model, itertools.cycle("ab")
+        self.vocabulary, self.model = shape["vocab_size"], model
         if name.startswith("MoSEs"):
             self.mose = MoSE(model, MoSEConfig(TARGETS, EXPERTS, RANK))
             tasks = 99 if "100th" in name else 0
@@ -116,12 +116,14 @@ class System:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def train(self):
+    def train(self, parts=1):
+        """A step of the optimizer, in so many micro-batches."""
         ids = self.ids(self.batch, self.length)
         self.model.train()
 
         def work():
-            self.model(input_ids=ids, labels=ids).loss.backward()
+            for part in ids.chunk(parts):
+                self.model(input_ids=part, labels=part).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -167,14 +169,17 @@ class System:
             return self.decode(8)
 
     def switch(self):
-        name = f"{len(self.mose.tasks) % 7 if self.mose.active == 'open' else 'open'}"
+        name = "2" if self.mose.active == "open" else "open"
         return self.clock(lambda: self.mose.set_task(name))
 
     @torch.no_grad()
     def forward(self):
         ids = self.ids(self.batch, self.length)
+        return self.clock(lambda: self.model(input_ids=ids, use_cache=False))
+
+    def forward_bare(self):
         with self.mose.disabled():
-            return self.clock(lambda: self.model(input_ids=ids, use_cache=False))
+            return self.forward()
 
     def infer(self):
         ids = self.ids(self.batch, self.length)
@@ -206,7 +211,7 @@ PLAN = {  # what: by whom, request
     "decode batch 8 of the bare base, s": ((FIRST,), "decode_bare", 8),
     "decode 8 tasks, s": ((LAST, EIGHT), "mixed"),
     "switch, s": ((LAST,), "switch"),
-    "forward, s": ((LAST,), "forward"),
+    "forward, s": ((LAST,), "forward_bare"),
     "infer_task, s": ((LAST,), "infer"),
     "added by a task, bytes": ((FIRST, LAST), "bytes"),
 }
@@ -272,6 +277,18 @@ def rows(result, device):
     return [("", "ours", "theirs", "ratio", "target", "met", "best possible"), *table]
 
 
+def machine(device):
+    """The device in words, and its threads."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def markdown(table):
+    """Rows of text, the first one the head, as the lines of a Markdown table."""
+    head, *body = [f"| {' | '.join(row)} |" for row in table]
+    return [head, "|---" * len(table[0]) + "|", *body]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -286,24 +303,21 @@ def main():
     result = {what: {name: [v for run in runs for v in run[what][name]] for name in plan[0]}
               for what, plan in PLAN.items()}
     table = rows(result, args.device)
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {platform.machine()}"
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
     shape, dtype, batch = SHAPES[args.device]
     lines = [f"# Speed and memory against peft: {args.device}\n",
-             f"`python benchmarks/bench_peft.py --device {args.device}`: {gpu}, "
-             f"{torch.get_num_threads()} threads, seed 0, {versions}, medians of {args.launches} "
+             f"`python benchmarks/bench_peft.py --device {args.device}`: "
+             f"{machine(args.device)}, seed 0, {versions}, medians of {args.launches} "
              f"launches x {args.rounds} rounds, in turns. Random Llama {shape}, {dtype}, "
              f"training batch {batch}; {EXPERTS} experts of rank {RANK} on {', '.join(TARGETS)} "
              f"against rank {EXPERTS * RANK}; {TOKENS} tokens are generated after {PROMPT}, and "
-             "the time of a decode is that of all. Best possible: an adapter that costs nothing.\n"]
-    text = [f"| {' | '.join(row)} |" for row in table]
-    lines += [text[0], "|---" * len(table[0]) + "|", *text[1:]]
+             "the time of a decode is that of all. Best possible: an adapter that costs nothing.\n",
+             *markdown(table)]
     (args.out / f"speed-{args.device}.md").write_text("\n".join(lines) + "\n")
-    record = {"device": gpu, "threads": torch.get_num_threads(), "versions": versions,
-              "table": table, "values": result}
+    record = {"device": machine(args.device), "versions": versions, "table": table,
+              "values": result}
     (args.out / f"speed-{args.device}.json").write_text(json.dumps(record) + "\n")
-    widths = [max(map(len, column)) for column in zip(*table)]
-    print("\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths)) for row in table))
+    print("\n".join(aligned(table)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import json
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.bench_peft import System  # noqa: E402
+from benchmarks.bench_peft import System, machine, markdown  # noqa: E402
 from mose import SubExperts  # noqa: E402
 
 real = {name: getattr(SubExperts, name) for name in ("route", "add_delta", "select")}
@@ -118,36 +117,21 @@ CHANGES = [  # what is changed; the step; how; the predicted ratio and why
 ]
 
 
-def steps(system):
-    """{name: a function that does one step and returns its seconds}."""
-    def accumulate(parts=4):
-        ids = system.ids(system.batch, system.length)
-        system.model.train()
-
-        def work():
-            for part in ids.chunk(parts):
-                system.model(input_ids=part, labels=part).loss.backward()
-            system.optimizer.step()
-            system.optimizer.zero_grad()
-
-        return system.clock(work)
-
-    @torch.no_grad()
-    def forward():
-        ids = system.ids(system.batch, system.length)
-        return system.clock(lambda: system.model(input_ids=ids, use_cache=False))
-
-    return {"train": system.train, "accumulate": accumulate, "forward": forward,
-            "decode": lambda: system.decode(1)}
+STEPS = {  # each gives its seconds
+    "train": System.train,
+    "accumulate": lambda system: system.train(parts=4),
+    "forward": System.forward,
+    "decode": lambda system: system.decode(1),
+}
 
 
 def ratio(system, step, change, rounds, warm=2):
     """The median ratio of the step with a change to the step without, in turns."""
     ratios = []
     for _ in range(warm + rounds):
-        before = step()
+        before = step(system)
         with change(system):
-            ratios.append(step() / before)
+            ratios.append(step(system) / before)
     return statistics.median(ratios[warm:])
 
 
@@ -162,16 +146,15 @@ def main():
     for name, what, change, predicted, why in CHANGES:
         if what in ("decode", "forward") and system.optimizer:
             system.finish()
-        gave = ratio(system, steps(system)[what], change, args.rounds)
+        gave = ratio(system, STEPS[what], change, args.rounds)
         table.append((name, what, f"{predicted:.2f}", f"{gave:.3f}", why))
         print(f"{name:42} {what:11} predicted {predicted:.2f}  measured {gave:.3f}", flush=True)
     head = ("change", "step", "predicted ratio", "measured", "why it was predicted")
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {platform.machine()}"
-    text = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *table)]
     text = [f"# What each means of speed gives, {args.device}\n",
-            f"`python benchmarks/speed_means.py --device {args.device}`: {gpu}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, seed 0, medians of "
-            f"{args.rounds} ratios in turns; base and sizes as in speed-{args.device}.md.\n", *text]
+            f"`python benchmarks/speed_means.py --device {args.device}`: "
+            f"{machine(args.device)}, torch {torch.__version__}, seed 0, medians of "
+            f"{args.rounds} ratios in turns; base and sizes as in speed-{args.device}.md.\n",
+            *markdown([head, *table])]
     file = args.out / f"speed-means-{args.device}"
     file.with_suffix(".md").write_text("\n".join(text) + "\n")
     record = [dict(zip(head, row)) for row in table]

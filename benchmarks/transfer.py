@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import mose  # noqa: E402
 import train_trace as loop  # noqa: E402
+from report import spread  # noqa: E402
 
 EARLY = ("Vault", "FOMC", "NumGLUE-ds", "MeetingBank")
 # Later task: the earlier one whose LoRA the continued LoRA starts from.
@@ -238,11 +239,6 @@ def stream(seed, method, count):
 
 
 # ---------------------------------------------------------------- the report
-
-
-def spread(values):
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
 
 
 def report(results):

@@ -71,6 +71,13 @@ def table(results):
     return "\n".join(lines)
 
 
+def aligned(rows):
+    """Rows of text as lines of equal columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{c:{'>' if i else '<'}{w}}" for i, (c, w) in enumerate(zip(row, widths)))
+            for row in rows]
+
+
 def text(results):
     """The same in short, for a terminal of 100 columns; mean over seeds, scores 0-100."""
     columns = ("OP", "s.e.", "learned", "BWT", "FWT", "OP TaIL", "task id", "parameters", "bytes",
@@ -85,9 +92,7 @@ def text(results):
         size = f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else "0"
         seconds = statistics.mean(r["seconds"] for r in runs)
         rows.append((method, *cells, f"{runs[0]['parameters']:,}", size, f"{seconds:.0f}"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(f"{c:{'>' if i else '<'}{w}}" for i, (c, w) in enumerate(zip(row, widths)))
-             for row in rows]
+    lines = aligned(rows)
     padding = [share for runs in results.values() for r in runs for share in r["padding"]]
     if padding:
         lines.append(f"padding: {statistics.mean(padding):.1%} of the training tokens")

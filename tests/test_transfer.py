@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import train_trace  # noqa: E402
 import transfer  # noqa: E402
-from test_mose import attach, data, learn, reloaded, snapshot  # noqa: E402
+from test_mose import attach, data, learn, reloaded, snapshot, step  # noqa: E402
 
 
 def left(mose, **shares):
@@ -65,9 +65,7 @@ def test_what_is_inherited_is_read_and_never_written():
 def learn_on(mose, steps=5):
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.05, weight_decay=0.1)
     for _ in range(steps):
-        mose.model(input_ids=data("c"), labels=data("c")).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(mose.model, optimizer, data("c"))
 
 
 def test_a_task_outlives_its_source(tmp_path):
