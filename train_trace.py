@@ -16,6 +16,7 @@ Methods, all through the same loop, data, steps and order:
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
     moe_lora   a mixture with one shared router and no masks, in sequence
     mose       MoSEs, with the task known (TIL) and inferred from the prompt (TaIL)
+    mose_fixed the same, but its routers stay as they were drawn
 
 Scores are TRACE's own, decoded greedily (TRACE samples at temperature 0.1). On real TRACE data they
 compare with papers that use its 0.5K split, order and metrics, for the same base model only. No
@@ -24,7 +25,6 @@ score on trace-mini compares with any paper's.
 
 import collections
 import dataclasses
-import datetime
 import fcntl
 import functools
 import json
@@ -48,14 +48,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from benchmarks.trace_scores import accuracy, edit_similarity, first_letter, rouge_l, sari
+from benchmarks.trace_scores import METRICS, SCORES, TASKS
 from mose import MoSE, MoSEConfig
 
 HERE = Path(__file__).resolve().parent
-TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds",
-         "20Minuten")
 SCHEDULES = {"trace": (5, 3, 7, 5, 3, 5, 5, 7), "short": (2, 1, 3, 2, 1, 2, 2, 3)}  # of TASKS
-METHODS = ("floor", "base", "lora", "task_lora", "moe_lora", "mose")
+METHODS = ("floor", "base", "lora", "task_lora", "moe_lora", "mose", "mose_fixed")
 # Set by torchrun; without it there is one process, and no process group.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, ncols=100, disable=RANK > 0)
@@ -91,7 +89,8 @@ class Args:
     targets: str = option("q_proj,v_proj", "linear layers that get experts")
     experts: int = option(MoSEConfig.num_experts, "experts of mose and moe_lora")
     rank: int = option(MoSEConfig.rank, "rank of each expert of mose")
-    top_k: int = option(0, "active experts for a token (0: all)")
+    top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to")
+    router_std: float = option(MoSEConfig.router_std, "spread of new routers")
     density: float = option(MoSEConfig.density, "of the free pool, what a task of mose may take")
     scale: float = option(MoSEConfig.scale, "of the experts' sum")
     router_stop: int = option(0, "freeze the router of moe_lora after so many tasks (0: never)")
@@ -134,17 +133,6 @@ def parse(argv=None):
 
 
 # ------------------------------------------------------------------------------ scores
-
-
-SCORES = {f.__name__: f for f in (accuracy, first_letter, rouge_l, edit_similarity, sari)}
-METRICS = dict(zip(TASKS, ("accuracy", "accuracy", "rouge_l", "edit_similarity", "first_letter",
-                           "accuracy", "accuracy", "sari")))
-
-
-def score(task, predictions, golds, prompts, metric=None):
-    """The mean score of a task's predictions by TRACE's metric, or the named one: 0 .. 100."""
-    values = [*map(SCORES[metric or METRICS[task]], predictions, golds, prompts)]
-    return mean(values)
 
 
 def mean(values):
@@ -418,40 +406,79 @@ def evaluate(model, tokenizer, adapter, task, args):
         adapter.set_task(task.name)
     texts = generate(model, tokenizer, task, rows, args.eval_batch)
     til = scores(texts)
-    if not adapter or not adapter.config.isolate:
+    if not adapter or isinstance(adapter, SharedPool):
         return til, None, None
     names = []
     for ids, mask in whole_prompts(task.test, tokenizer):
         names += adapter.infer_task(ids, mask)
     wrong = [i for i in rows if names[i] != task.name]  # for the others the text is the same
-
-    def choose(some):
-        adapter.set_task([names[i] for i in some])
-
-    texts |= generate(model, tokenizer, task, wrong, args.eval_batch, choose)
+    texts |= generate(model, tokenizer, task, wrong, args.eval_batch,
+                      lambda some: adapter.set_task([names[i] for i in some]))
     return til, scores(texts), 100.0 * (1 - len(wrong) / len(names))
 
 
 # ------------------------------------------------------------------------------ the loop
 
 
+class FixedRouter(MoSE):
+    """MoSEs whose routers stay as they were drawn."""
+
+    def trainable_parameters(self):
+        routers = {id(layer.router) for layer in self.layers}
+        return [p for p in super().trainable_parameters() if id(p) not in routers]
+
+
+class SharedPool(MoSE):
+    """The baselines: one pool and one router for all tasks, with nothing masked or protected. Each
+    task goes on from what the last one left, and overwrites it."""
+
+    router_stop = 0  # its router learns during so many tasks; 0: always
+
+    def begin_task(self, name, probe=None):
+        last = self.tasks[-1] if self.tasks else None
+        for layer in self.layers:
+            layer.used.zero_()
+        super().begin_task(name, lambda: float(last is None or self.active != last))
+        for layer in self.layers:
+            layer.source.fill_(True)  # the whole pool is in force, so no score is needed
+            layer.num_new = 0
+            layer.score.requires_grad_(False)
+            layer.router.requires_grad_(not 0 < self.router_stop <= len(self.tasks))
+            if last:
+                layer.weight.data.copy_(layer.frozen)
+
+    def end_task(self):
+        name = self.open
+        report = super().end_task()
+        for layer in self.layers:
+            layer.tasks = dict.fromkeys(layer.tasks, layer.tasks[name])
+        return report
+
+
+KINDS = {"mose": MoSE, "mose_fixed": FixedRouter}  # all other methods: SharedPool
+
+
 def attach(model, method, args):
-    """The adapter of a method. One LoRA is one expert without protection; moe_lora has as many
-    parameters, and at equal gates the same scale, in several experts."""
-    targets, experts = tuple(args.targets.split(",")), args.experts
-    if method == "mose":
-        return MoSE(model, MoSEConfig(targets, experts, args.rank, args.top_k or None, args.density,
-                                      args.scale))
-    experts, width = (experts, MoSEConfig.router_dim) if method == "moe_lora" else (1, 1)
+    """The adapter of a method. One LoRA is one expert that is never protected; moe_lora has as many
+    parameters, in several experts."""
+    targets = tuple(args.targets.split(","))
+    if method in KINDS:
+        return KINDS[method](model, MoSEConfig(
+            targets, args.experts, args.rank, args.top_k, args.density, args.scale,
+            router_std=args.router_std))
+    mixture = (args.experts, args.top_k, MoSEConfig.router_dim)
+    experts, top_k, router_dim = mixture if method == "moe_lora" else (1, 1, 1)
     rank = max(1, args.lora_rank // experts)
-    return MoSE(model, MoSEConfig(targets, experts, rank, router_dim=width, key_dim=1,
-                                  scale=experts * args.lora_scale, isolate=False))
+    return SharedPool(model, MoSEConfig(targets, experts, rank, top_k, 1.0, args.lora_scale,
+                                        router_dim, args.router_std, key_dim=1))
 
 
 def learn(adapter, model, tokenizer, task, args, title):
     """One task from begin to end; what to note of it."""
+    if isinstance(adapter, SharedPool):
+        adapter.router_stop = args.router_stop
     source = adapter.begin_task(task.name, lambda: probe(model, tokenizer, task, args))
-    for ids, mask in whole_prompts(task.train, tokenizer) if adapter.config.isolate else ():
+    for ids, mask in whole_prompts(task.train, tokenizer):
         adapter.observe(ids, mask)
     parameters = adapter.trainable_parameters()
     padding = train(model, tokenizer, parameters, task, args, title)
@@ -474,6 +501,7 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
     if args.resume and state.exists():
         result = json.loads(state.read_text())
     files, learns, alone = result["files"], method not in ("floor", "base"), method == "task_lora"
+    kind = KINDS.get(method, SharedPool)
     adapter = None
     for t, task in [*enumerate(tasks)][len(result["R"]):]:
         start = time.time()
@@ -482,7 +510,7 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
             if alone or not t:
                 adapter = attach(model, method, args)
             elif not adapter:  # resumed; else it is the one that was tested, from the same file
-                adapter = MoSE.load(model, folder / files[-1])
+                adapter = kind.load(model, folder / files[-1])
             if t and method in ("lora", "moe_lora"):  # the others start each task as the bare base
                 adapter.set_task(tasks[t - 1].name)
                 result["before"][t] = mean(evaluate(model, tokenizer, adapter, task, args)[0])
@@ -491,8 +519,6 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
             result["parameters"] = notes.pop("parameters")
             for key, value in (notes | {"epochs": task.epochs}).items():
                 result[key].append(value)
-            if method == "moe_lora" and t + 1 == args.router_stop:
-                adapter.freeze_router()
             last = t + 1 == len(tasks) and not alone
             name = f"{method}.pt" if last else f"{method}-{task.name}.pt"
             if RANK == 0:
@@ -504,7 +530,7 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
         for i, seen in enumerate(progress(tasks[:t + 1], "test", leave=False)):
             if learns and (alone or i == 0):
                 adapter.detach()
-                adapter = MoSE.load(model, folder / files[i if alone else -1])
+                adapter = kind.load(model, folder / files[i if alone else -1])
             rows.append((floor(seen), None, None) if method == "floor" else
                         evaluate(model, tokenizer, adapter, seen, args))
         if learns and (alone or t + 1 == len(tasks)):
@@ -512,7 +538,7 @@ def run(method, model, tokenizer, tasks, args, folder, zero_shot):
         til, tail, right = zip(*rows)
         empty = [None] * (len(tasks) - t - 1)
         result["R"].append([*map(mean, til)] + empty)
-        if method == "mose":
+        if tail[0] is not None:
             result["R_tail"].append([*map(mean, tail)] + empty)
             result["task_id_accuracy"] = [*right]
         result["op_error"] = bootstrap(til)
@@ -621,7 +647,7 @@ def session(args):
             f"{model.device.type}, {torch.get_num_threads()} threads",
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
             | {"python": platform.python_version()},
-            "date": datetime.date.today().isoformat(),
+            "date": time.strftime("%Y-%m-%d"),
         })
         (folder / f"{method}.progress.json").unlink(missing_ok=True)
     return folder

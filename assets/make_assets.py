@@ -15,7 +15,8 @@ the tasks zero-shot, and one small LoRA can learn each of them.
 transfer-mini holds tasks on which transfer can be seen, since they need what the base can't know:
 in which drawer a word is kept, an invented fact for each of 32 words (Vault), the same facts asked
 for in other words (Fetch), other facts in those other words (Shuffled), and a composition of two
-tasks of trace-mini, policy stance and the outcome of a vote (Verdict).
+tasks of trace-mini, policy stance and the outcome of a vote (Verdict). Clash is Vault and Shuffled
+in one: they contradict each other, and the first line of a prompt tells which of them is right.
 """
 
 import argparse
@@ -549,10 +550,15 @@ def verdict(rng):
 
 
 TRANSFER = {"Vault": vault, "Fetch": fetch, "Shuffled": shuffled, "Verdict": verdict}
+MIXED = {"Clash": ("Vault", "Shuffled")}
 
 
 def make_task(name, seed):
     """Distinct examples for the three splits of one task: {split: [{"prompt", "answer"}, ...]}."""
+    if name in MIXED:  # all rows of two tasks, in turns
+        one, two = (make_task(part, seed) for part in MIXED[name])
+        return {split: [row for pair in zip(one[split], two[split]) for row in pair]
+                for split in SIZES}
     rng, seen, splits = random.Random(f"{seed} {name}"), set(), {}
     for split, size in SIZES.items():
         rows = []
@@ -678,7 +684,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     if args.only != "model":
-        for name in [*TASKS, *TRANSFER]:
+        for name in [*TASKS, *TRANSFER, *MIXED]:
             folder = args.out / ("trace-mini" if name in TASKS else "transfer-mini") / name
             folder.mkdir(parents=True, exist_ok=True)
             for split, rows in make_task(name, args.seed).items():

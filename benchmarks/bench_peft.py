@@ -8,7 +8,8 @@ machine does meets all of them alike. Each figure is a median after warm-up, and
 ratios in each turn, over several launches, for two processes that run the same code may differ by
 some percent. The base is a Llama of random weights: right for speed and memory, and no more.
 Generation is greedy, with a KV cache. "Best possible" is the ratio of an adapter that costs
-nothing: of the bare base.
+nothing: of the bare base. "Own cost" is what the adapter adds to the bare base, over what theirs
+adds: medians over the turns of ours - base and of theirs - base.
 """
 
 import argparse
@@ -39,7 +40,8 @@ SHAPES = {  # device: the base, its dtype, and a training batch (B, T)
                   num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
                   tie_word_embeddings=True), torch.bfloat16, (4, 1024)),
 }
-EXPERTS, RANK, TOKENS, PROMPT = 4, 16, 32, 64  # TOKENS are generated after PROMPT tokens
+EXPERTS, RANK = MoSEConfig.num_experts, MoSEConfig.rank
+TOKENS, PROMPT = 32, 64  # TOKENS are generated after PROMPT tokens
 TARGETS = ("q_proj", "v_proj")
 SYSTEMS = ("MoSEs, 1st task", "MoSEs, 100th task", "peft LoRA", "peft LoRA x 8", "peft X-LoRA")
 
@@ -81,7 +83,7 @@ class System:
         model.generation_config.pad_token_id = 0
         self.vocabulary, self.model = shape["vocab_size"], model
         if name.startswith("MoSEs"):
-            self.mose = MoSE(model, MoSEConfig(TARGETS, EXPERTS, RANK))
+            self.mose = MoSE(model, MoSEConfig(TARGETS))
             tasks = 99 if "100th" in name else 0
             for i in range(tasks):
                 self.mose.begin_task(f"{i}")
@@ -134,7 +136,7 @@ class System:
         ids = self.ids(self.batch, self.length)
         start = self.model.get_input_embeddings()(ids).requires_grad_()
         self.model.train()
-        with self.mose.disabled():
+        with self.mose.task(None):
             return self.clock(
                 lambda: self.model(inputs_embeds=start, labels=ids).loss.backward())
 
@@ -158,7 +160,7 @@ class System:
             input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, **options))
 
     def decode_bare(self, batch):
-        with self.mose.disabled():
+        with self.mose.task(None):
             return self.decode(batch)
 
     def mixed(self):
@@ -167,6 +169,9 @@ class System:
             return self.decode(8, adapter_names=self.names)
         with self.mose.task([f"{i}" for i in range(8)]):
             return self.decode(8)
+
+    def mixed_bare(self):
+        return self.decode_bare(8)
 
     def switch(self):
         name = "2" if self.mose.active == "open" else "open"
@@ -178,7 +183,7 @@ class System:
         return self.clock(lambda: self.model(input_ids=ids, use_cache=False))
 
     def forward_bare(self):
-        with self.mose.disabled():
+        with self.mose.task(None):
             return self.forward()
 
     def infer(self):
@@ -199,17 +204,15 @@ def serve(name, device, pipe):
 
 
 FIRST, LAST, ONE, EIGHT, X = SYSTEMS
+BARE = "bare base"  # the first process, with its adapter off
 ONCE = ("memory", "finish", "bytes")  # every other request is repeated
 PLAN = {  # what: by whom, request
-    "training step, s": ((FIRST, LAST, ONE, X), "train"),
-    "training step of the bare base, s": ((FIRST,), "train_bare"),
+    "training step, s": ((FIRST, LAST, BARE, ONE, X), "train"),
     "peak memory, bytes": ((FIRST, ONE), "memory"),
     "finish": (SYSTEMS, "finish"),
-    "decode batch 1, s": ((FIRST, LAST, ONE, X), "decode", 1),
-    "decode batch 8, s": ((FIRST, LAST, ONE), "decode", 8),
-    "decode batch 1 of the bare base, s": ((FIRST,), "decode_bare", 1),
-    "decode batch 8 of the bare base, s": ((FIRST,), "decode_bare", 8),
-    "decode 8 tasks, s": ((LAST, EIGHT), "mixed"),
+    "decode batch 1, s": ((FIRST, LAST, BARE, ONE, X), "decode", 1),
+    "decode batch 8, s": ((FIRST, LAST, BARE, ONE), "decode", 8),
+    "decode 8 tasks, s": ((LAST, BARE, EIGHT), "mixed"),
     "switch, s": ((LAST,), "switch"),
     "forward, s": ((LAST,), "forward_bare"),
     "infer_task, s": ((LAST,), "infer"),
@@ -229,8 +232,9 @@ def launch(device, rounds, warm, bar):
         values = result[what] = {name: [] for name in names}
         for i in range(count):
             for name in names[:: 1 if i % 2 else -1]:  # A B B A: nobody is always the first
-                pipes[name].send(request)
-                values[name].append(pipes[name].recv())
+                pipe = pipes[FIRST if name == BARE else name]
+                pipe.send([f"{request[0]}_bare", *request[1:]] if name == BARE else request)
+                values[name].append(pipe.recv())
         result[what] = {name: v[skip:] for name, v in values.items()}
         bar.update()
     for pipe in pipes.values():
@@ -243,38 +247,41 @@ def rows(result, device):
     gpu = device == "cuda"
     train, memory = result["training step, s"], result["peak memory, bytes"]
     one, eight = result["decode batch 1, s"], result["decode batch 8, s"]
-    bare_train = result["training step of the bare base, s"][FIRST]
-    bare_one, bare_eight = (result[f"decode batch {b} of the bare base, s"][FIRST] for b in (1, 8))
     mixed, size = result["decode 8 tasks, s"], result["added by a task, bytes"]
     switch, infer, forward = (result[f"{k}, s"][LAST] for k in ("switch", "infer_task", "forward"))
     token = [value / TOKENS for value in one[LAST]]
     median, table = statistics.median, []
 
     def row(what, ours, theirs, target, bare=None, unit="ms", speed=False):
-        best, ratios = "", [b / a if speed else a / b for a, b in zip(ours, theirs)]
+        best, own, ratios = "", "", [b / a if speed else a / b for a, b in zip(ours, theirs)]
         if bare:
             best = median(bare) / median(theirs)
             best = f"{1 / best if speed else best:.3f}"
+            ours_adds, theirs_adds = (median([x - c for x, c in zip(v, bare)])
+                                      for v in (ours, theirs))
+            own = f"{ours_adds / theirs_adds:.2f}"
         met = median(ratios) >= target if speed else median(ratios) <= target
         factor, digits = {"ms": (1e3, 1), "MiB": (2**-20, 1), "bytes": (1, 0)}[unit]
         a, b = (f"{median(v) * factor:,.{digits}f} {unit}" for v in (ours, theirs))
         table.append((what, a, b, f"{median(ratios):.3f}", f"{'>=' if speed else '<='} {target}",
-                      "yes" if met else "NO", best))
+                      "yes" if met else "NO", best, own))
 
-    row("training step", train[FIRST], train[ONE], 1.05 if gpu else 1.10, bare_train)
+    row("training step", train[FIRST], train[ONE], 1.05 if gpu else 1.10, train[BARE])
     row("peak memory of training", memory[FIRST], memory[ONE], 1.05 if gpu else 1.10, unit="MiB")
-    row("decode, batch 1 (speed)", one[FIRST], one[ONE], 0.95, bare_one, speed=True)
-    row("decode, batch 8 (speed)", eight[FIRST], eight[ONE], 0.95, bare_eight, speed=True)
-    row("decode, 8 tasks (speed)", mixed[LAST], mixed[EIGHT], 3 if gpu else 2, bare_eight,
+    row("decode, batch 1 (speed)", one[FIRST], one[ONE], 0.95, one[BARE], speed=True)
+    row("decode, batch 8 (speed)", eight[FIRST], eight[ONE], 0.95, eight[BARE],
         speed=True)
+    row("decode, 8 tasks (speed)", mixed[LAST], mixed[EIGHT], 3 if gpu else 2,
+        mixed[BARE], speed=True)
     row("task switch / decode step", switch, token, 1)
-    row("X-LoRA: training step", train[FIRST], train[X], 0.5, bare_train)
-    row("X-LoRA: decode (speed)", one[FIRST], one[X], 4, bare_one, speed=True)
+    row("X-LoRA: training step", train[FIRST], train[X], 0.5, train[BARE])
+    row("X-LoRA: decode (speed)", one[FIRST], one[X], 4, one[BARE], speed=True)
     row("100th / 1st: training step", train[LAST], train[FIRST], 1.05)
     row("100th / 1st: decode (speed)", one[LAST], one[FIRST], 0.95, speed=True)
     row("100th / 1st: bytes added", size[LAST], size[FIRST], 1, unit="bytes")
     row("infer_task / forward pass", infer, forward, 0.02)
-    return [("", "ours", "theirs", "ratio", "target", "met", "best possible"), *table]
+    return [("", "ours", "theirs", "ratio", "target", "met", "best possible",
+             "own cost"), *table]
 
 
 def machine(device):

@@ -106,3 +106,16 @@ def sari(prediction, gold, prompt):
         add_p, add_r = (len(new & add) / len(side) if side else 1.0 for side in (new, add))
         total += (f1(keep_p, keep_r) + drop_p + f1(add_p, add_r)) / 12
     return 100.0 * total
+
+
+SCORES = {f.__name__: f for f in (accuracy, first_letter, rouge_l, edit_similarity, sari)}
+METRICS = {"C-STANCE": "accuracy", "FOMC": "accuracy", "MeetingBank": "rouge_l",
+           "Py150": "edit_similarity", "ScienceQA": "first_letter", "NumGLUE-cm": "accuracy",
+           "NumGLUE-ds": "accuracy", "20Minuten": "sari"}
+TASKS = tuple(METRICS)  # in TRACE's order
+
+
+def score(task, predictions, golds, prompts, metric=None):
+    """The mean score of a task's predictions by TRACE's metric, or the named one: 0 .. 100."""
+    values = [*map(SCORES[metric or METRICS[task]], predictions, golds, prompts)]
+    return sum(values) / len(values)

@@ -4,7 +4,7 @@
 
 Everything is synthetic (assets/trace-mini, assets/transfer-mini) and runs through train_trace.py's
 own training and scoring. Jobs run side by side, one thread each, and a job whose result stands in
-the JSON is not run again. Candidates are compared on `eval`, all else is scored on `test`.
+the JSON is not run again. All is scored on `test`.
 """
 
 import argparse
@@ -31,83 +31,23 @@ EARLY = ("Vault", "FOMC", "NumGLUE-ds", "MeetingBank")
 RELATED = {"Fetch": "Vault", "Verdict": "MeetingBank"}
 CONTROLS = ("C-STANCE", "20Minuten", "Shuffled")  # unrelated, unrelated, contradicts Vault
 SIZES, SEEDS, STEPS = (20, 50, 100, 400), range(5), 100
-source, redraw = mose.MoSE._source, mose.SubExperts.redraw
 
 
-# ---------------------------------------------------------------- candidates for reuse
-
-
-def off(adapter, probe):
-    """Reuse by score alone: used entries may win a place, and nothing is inherited."""
-    return None, 1.0
-
-
-def full_share(adapter, probe):
-    """Inherit, and take the full share of new entries all the same."""
-    return source(adapter, probe)[0], 1.0
-
-
-def weak_too(adapter, probe):
-    """Inherit from whatever leaves less to learn at all."""
-    losses = {}
-    for name in [None, *adapter.tasks]:
-        with adapter.task(name):
-            losses[name] = float(probe())
-    best = min(losses, key=losses.get)
-    return best, losses[best] / losses[None]
-
-
-def by_loss(adapter, probe):
-    """Source and new entries by the loss in place of the share of wrong answers."""
-    return source(adapter, by_loss.probe)
-
-
-def by_key(adapter, probe):
-    """The source is the task that most of the new prompts look like, by the task keys."""
-    names = [name for ids, mask in by_key.prompts for name in adapter.infer_task(ids, mask)]
-    best = max({*names}, key=names.count)
-    with adapter.task(None):
-        bare = float(probe())
-    with adapter.task(best):
-        return best, min(1.0, float(probe()) / bare)
-
-
-def droppable(layer, need, mask, router):
-    """What is inherited has to keep its place by its score."""
-    redraw(layer, need, mask, router)
-    layer.score.data[mask] = 0.005
-
-
-def random_start(layer, need, mask, router):
-    """New entries start at random, as without a source."""
-    redraw(layer, need, mask, router)
-    new = torch.rand_like(layer.weight) * 2 - 1
-    layer.weight.data = new * layer.bound
-
-
-CANDIDATES = {  # name: (replaces MoSE._source, replaces SubExperts.redraw)
-    "ours": (source, redraw),
-    "off (by score alone)": (off, redraw),
-    "full share of new entries": (full_share, redraw),
-    "weakly related sources too": (weak_too, redraw),
-    "source by task key": (by_key, redraw),
-    "by the loss, not by wrong answers": (by_loss, redraw),
-    "inherited entries may drop out": (source, droppable),
-    "new entries start at random": (source, random_start),
-}
+# What a task starts from: "ours" as begin_task chooses, or always the bare base.
+METHODS = {"ours": loop.probe, "reuse off": lambda *given: 1.0}
 
 
 # ---------------------------------------------------------------- jobs
 
 
-def setup(seed, split="test"):
+def setup(seed):
     torch.set_num_threads(1)
     loop.transformers.logging.set_verbosity_error()
     loop.transformers.logging.disable_progress_bar()
     loop.datasets.disable_progress_bars()
     loop.progress.keywords["disable"] = True
     metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy"
-    args = loop.Args(seeds=str(seed), device="cpu", metric=metrics, split=split)
+    args = loop.Args(seeds=str(seed), device="cpu", metric=metrics)
     return args, *loop.load_model(args)
 
 
@@ -122,13 +62,6 @@ def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
 
 def learn(adapter, base, task, args):
     """One task; {"score", "new", "source"}."""
-    rows = [*loop.examples(task, args, base[1])][:64]
-
-    def loss():
-        logits, labels, _ = loop.answers(*base, rows)
-        return torch.nn.functional.cross_entropy(logits, labels)
-
-    by_loss.probe, by_key.prompts = loss, [*loop.whole_prompts(task.train, base[1])]
     torch.manual_seed(1000 * int(args.seeds) + 7)
     notes = loop.learn(adapter, *base, task, args, "")
     return {"score": score(adapter, base, task, args), "new": notes["new"],
@@ -140,38 +73,37 @@ def score(adapter, base, task, args):
     return loop.mean(loop.evaluate(*base, None, task, args)[0])
 
 
-def related(seed, candidates, split, sizes=SIZES, others=True):
+def related(seed):
     """Early tasks once, and from there every later task: rows of results."""
-    args, *base = setup(seed, split)
+    args, *base = setup(seed)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        mose.MoSE._source = off
+        loop.probe = METHODS["reuse off"]
         adapter = loop.attach(base[0], "mose", args)
         for name in EARLY:
             first = learn(adapter, base, load(args, *base, name), args)
             rows.append({"task": name, "size": 400, "method": "first time", **first})
         adapter.save(f"{folder}/early.pt")
         adapter.detach()
-        for name in {*RELATED.values()} if others else ():
+        for name in {*RELATED.values()}:
             adapter = loop.attach(base[0], "lora", args)
             learn(adapter, base, load(args, *base, name), args)
             adapter.save(f"{folder}/{name}.pt")
             adapter.detach()
-        plan = [(name, size, False) for name in RELATED for size in sizes]
-        if others:
-            plan += [(name, 50, False) for name in CONTROLS]
-            plan += [(name, 400, True) for name in ("Vault", "FOMC")]
+        plan = [(name, size, False) for name in RELATED for size in SIZES]
+        plan += [(name, 50, False) for name in CONTROLS]
+        plan += [(name, 400, True) for name in ("Vault", "FOMC")]
         for name, size, again in plan:
             task = load(args, *base, name, size, f"{name} again" if again else None)
-            methods = {c: f"{folder}/early.pt" for c in candidates}
-            if others and not again:
+            methods = {method: f"{folder}/early.pt" for method in METHODS}
+            if not again:
                 methods["LoRA from scratch"] = None
                 if name in RELATED:
                     methods["LoRA continued"] = f"{folder}/{RELATED[name]}.pt"
             for method, file in methods.items():
-                mose.MoSE._source, mose.SubExperts.redraw = CANDIDATES.get(method, (off, redraw))
-                adapter = (mose.MoSE.load(base[0], file) if file else
-                           loop.attach(base[0], "lora", args))
+                loop.probe, lora = METHODS.get(method, loop.probe), method not in METHODS
+                kind = loop.SharedPool if lora else mose.MoSE
+                adapter = kind.load(base[0], file) if file else loop.attach(base[0], "lora", args)
                 before = {n: snapshot(adapter, base, task, n) for n in [*adapter.tasks]}
                 result = learn(adapter, base, task, args)
                 same = all(torch.equal(snapshot(adapter, base, task, n), before[n]) for n in before)
@@ -205,8 +137,7 @@ def variants(task, count):
 def stream(seed, method, count):
     """trace-mini in a row, each task in `count` variants (1: as it is): scores, entries, bytes."""
     args, *base = setup(seed)
-    if method != "task_lora":
-        mose.MoSE._source, mose.SubExperts.redraw = CANDIDATES[method]
+    loop.probe = METHODS.get(method, loop.probe)
     tasks = []
     for name in loop.TASKS:
         task = load(args, *base, name)
@@ -244,13 +175,14 @@ def stream(seed, method, count):
 def report(results):
     """Markdown from the JSON alone."""
     every = [row for key, rows in results.items() if key.startswith("related") for row in rows]
-    trial = [row for key, rows in results.items() if key.startswith("trial") for row in rows]
 
     def cells(rows, key="score", **where):
         found = [r[key] for r in rows if all(r[k] == v for k, v in where.items())]
         return spread(found) if found else ""
 
-    lines = ["# Transfer\n", "`python benchmarks/transfer.py`: tiny-llm, two CPU cores, synthetic "
+    note = [f"{results['note']}\n"] if "note" in results else []
+    lines = ["# Transfer\n", *note,
+             "`python benchmarks/transfer.py`: tiny-llm, two CPU cores, synthetic "
              f"tasks, {STEPS} steps of 16 examples for every size, mean ± deviation over seeds "
              f"{min(SEEDS)}-{max(SEEDS)}; scores 0-100. Earlier tasks, in this order: "
              f"{', '.join(EARLY)}.\n",
@@ -262,8 +194,8 @@ def report(results):
         for size in SIZES:
             at = {"task": name, "size": size}
             row = [cells(every, **at, method=m) for m in
-                   ("LoRA from scratch", "LoRA continued", "off (by score alone)", "ours")]
-            row += [cells(every, "new", **at, method=m) for m in ("off (by score alone)", "ours")]
+                   ("LoRA from scratch", "LoRA continued", "reuse off", "ours")]
+            row += [cells(every, "new", **at, method=m) for m in ("reuse off", "ours")]
             lines.append(f"| {name} | {size} | " + " | ".join(row) + " |")
     lines += ["\nExamples needed for 80 % of the score that MoSEs without reuse has with 400 (mean "
               "of seeds):\n", "| task | LoRA from scratch | LoRA continued | MoSEs, reuse off | "
@@ -271,8 +203,8 @@ def report(results):
     for name in RELATED:
         row, goal = [], 0.8 * statistics.mean(
             r["score"] for r in every if (r["task"], r["size"], r["method"]) ==
-            (name, 400, "off (by score alone)"))
-        for method in ("LoRA from scratch", "LoRA continued", "off (by score alone)", "ours"):
+            (name, 400, "reuse off"))
+        for method in ("LoRA from scratch", "LoRA continued", "reuse off", "ours"):
             enough = [size for size in SIZES if statistics.mean(
                 r["score"] for r in every
                 if (r["task"], r["size"], r["method"]) == (name, size, method)) >= goal]
@@ -283,8 +215,8 @@ def report(results):
               "new entries | started from |", "|---" * 7 + "|"]
     for name in (*CONTROLS, "Vault again", "FOMC again"):
         row = [cells(every, task=name, method=m) for m in
-               ("LoRA from scratch", "off (by score alone)", "ours")]
-        row += [cells(every, "new", task=name, method=m) for m in ("off (by score alone)", "ours")]
+               ("LoRA from scratch", "reuse off", "ours")]
+        row += [cells(every, "new", task=name, method=m) for m in ("reuse off", "ours")]
         names = [str(r["source"]) for r in every if r["task"] == name and r["method"] == "ours"]
         row.append(", ".join(f"{n} x {names.count(n)}" for n in sorted({*names})))
         lines.append(f"| {name} | " + " | ".join(row) + " |")
@@ -294,18 +226,10 @@ def report(results):
     same = [r["earlier unchanged"] for r in every if r["method"] == "ours"]
     lines.append(f"\nLogits of every earlier task bit-identical after the later one: {sum(same)} "
                  f"of {len(same)} runs of MoSEs.\n")
-    seeds = sum(key.startswith("trial") for key in results)
-    lines += [f"## Candidates, 50 examples, scored on eval, seeds 0-{seeds - 1}\n",
-              "| candidate | " + " | ".join(f"{n} | new entries" for n in RELATED) + " |",
-              "|---" * (1 + 2 * len(RELATED)) + "|"]
-    for method in CANDIDATES:
-        row = [cells(trial, key, task=name, method=method) for name in RELATED
-               for key in ("score", "new")]
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
     lines += ["\n## Streams\n", "| stream | method | OP | new entries | used share | second half "
               "of it | bytes |", "|---" * 7 + "|"]
     for count, method in ((c, m) for c in (1, 4) for m in
-                          ("task_lora", "off (by score alone)", "ours")):
+                          ("task_lora", "reuse off", "ours")):
         runs = [r for key, r in results.items() if key.startswith(f"stream {count} {method} ")]
         if not runs:
             continue
@@ -329,7 +253,7 @@ def draw(results, file):
     figure, axes = plt.subplots(1, len(RELATED) + 1, figsize=(13, 4), layout="constrained")
     every = [row for key, rows in results.items() if key.startswith("related") for row in rows]
     looks = {"LoRA from scratch": ("#0072b2", "--", "s"), "LoRA continued": ("#cc79a7", "-.", "^"),
-             "off (by score alone)": ("#999999", ":", "v"), "ours": ("#000000", "-", "o")}
+             "reuse off": ("#999999", ":", "v"), "ours": ("#000000", "-", "o")}
     for axis, name in zip(axes, RELATED):
         for i, (method, (color, line, marker)) in enumerate(looks.items()):
             found = [[r["score"] for r in every if
@@ -339,13 +263,13 @@ def draw(results, file):
             axis.errorbar(beside, [statistics.mean(v) for v in found],
                           [statistics.stdev(v) if len(v) > 1 else 0 for v in found], color=color,
                           linestyle=line, marker=marker, capsize=3, label={
-                              "ours": "MoSEs", "off (by score alone)": "MoSEs, reuse off"}.get(
+                              "ours": "MoSEs", "reuse off": "MoSEs, reuse off"}.get(
                               method, method))
         axis.set(title=f"{name} (after {RELATED[name]} and others)", xscale="log", ylim=(0, 122),
                  xlabel="training examples", ylabel="score, 0-100")
         axis.set_xticks(SIZES, SIZES)
         axis.minorticks_off()
-    for method, label in (("off (by score alone)", "MoSEs, reuse off"), ("ours", "MoSEs")):
+    for method, label in (("reuse off", "MoSEs, reuse off"), ("ours", "MoSEs")):
         runs = [r["used"] for key, r in results.items() if key.startswith(f"stream 4 {method} ")]
         color, line, _ = looks[method]
         if runs:
@@ -369,11 +293,9 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--only", default="", help="run only jobs whose name begins like this")
     args = parser.parse_args()
-    main_two = ["off (by score alone)", "ours"]
-    jobs = {f"related {seed}": (related, seed, main_two, "test") for seed in SEEDS}
-    jobs |= {f"stream 1 {m} {s}": (stream, s, m, 1) for s in range(3) for m in main_two}
+    jobs = {f"related {seed}": (related, seed) for seed in SEEDS}
+    jobs |= {f"stream 1 {m} {s}": (stream, s, m, 1) for s in range(3) for m in METHODS}
     jobs |= {f"stream 4 {m} 0": (stream, 0, m, 4) for m in ("task_lora", "ours")}
-    jobs |= {f"trial {s}": (related, s, [*CANDIDATES], "eval", (50,), False) for s in range(3)}
     file = args.out / "transfer.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     todo = {key: job for key, job in jobs.items()

@@ -3,8 +3,8 @@
     python results/method.py runs/trace-mini-0        # writes results/method.png
 
 Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that took
-it, and the gates of each token of one prompt in the last layer. Bottom: what every task scores
-after every other, for one LoRA trained in sequence and for MoSEs.
+it, and the gates of each token of one prompt in the last layer, from 0 to 1. Bottom: what every
+task scores after every other, for one LoRA trained in sequence and for MoSEs.
 """
 
 import argparse
@@ -20,9 +20,10 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import mose as method  # noqa: E402
 import report  # noqa: E402
 import train_trace  # noqa: E402
-from mose import MoSE, decode  # noqa: E402
+from mose import MoSE  # noqa: E402
 
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
@@ -31,21 +32,24 @@ COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d
 
 def owners(mose, layer=0):
     """(D, E*R): for each entry of the first target's A the number of the task that took it."""
-    owner = torch.zeros(sum(mose.sizes), dtype=torch.long)
-    for i, (code, _) in enumerate(mose.tasks.values(), 1):
-        mask = decode(code)
+    experts = mose.layers[layer]
+    owner = torch.zeros(len(experts.used), dtype=torch.long)
+    for i, (mask, _) in enumerate(experts.tasks.values(), 1):
         owner[mask & (owner == 0)] = i
-    rows = owner.split(mose.sizes)[layer].view(-1, mose.config.num_experts * mose.config.rank)
-    return rows[:mose.layers[layer].rows[0]]
+    d, width = experts.shapes[0]
+    return owner[:d * width].view(d, width)
 
 
 @torch.no_grad()
 def gates(mose, tokenizer, task, prompt, layer=-1):
     """The tokens of a prompt and their gates (T, E) in one layer."""
     ids, _ = train_trace.encode(tokenizer, {"prompt": prompt, "answer": ""})
+    top_k_gates, seen = method.top_k_gates, []
+    method.top_k_gates = lambda *given: seen.append(top_k_gates(*given)) or seen[-1]
     with mose.task(task):
         mose.model(torch.tensor([ids]))
-        return [tokenizer.decode(i).replace("\n", "\\n") for i in ids], mose.layers[layer].gates[0]
+    method.top_k_gates = top_k_gates
+    return [tokenizer.decode(i).replace("\n", "\\n") for i in ids], seen[layer][0]
 
 
 def main():
@@ -76,7 +80,7 @@ def main():
     task = "FOMC"
     prompt = train_trace.read(options.data, task, "test")[0]["prompt"]
     tokens, values = gates(mose, tokenizer, task, prompt)
-    image = router.imshow(values, cmap="Greys", aspect="auto", vmin=0)
+    image = router.imshow(values, cmap="Greys", aspect="auto", vmin=0, vmax=1)
     router.set_yticks(range(len(tokens)), tokens, fontsize=8)
     router.set_xticks(range(values.shape[1]), [f"expert {e}" for e in range(values.shape[1])])
     router.set(title=f"gates of a prompt of {task} (last layer)", ylabel="token")

@@ -24,6 +24,7 @@ except ImportError:  # then there are tables, and no figures
 # Told apart without colour: each method has a line style and a marker of its own.
 STYLES = {"lora": ("#999999", ":", "v"), "task_lora": ("#0072b2", "--", "s"),
           "moe_lora": ("#cc79a7", "-.", "^"), "mose": ("#000000", "-", "o"),
+          "mose_fixed": ("#d55e00", "-", "D"),
           "floor": ("#bbbbbb", ":", "x"), "base": ("#777777", ":", "+")}
 
 
@@ -175,8 +176,9 @@ def draw_growth(results, file):
                          label=f"{method}, task inferred")
             used = [100 * statistics.mean(step) for step in zip(*(r["used"] for r in runs))]
             axes[1].plot(x, used, **look)
-            axes[1].plot(x, [used[0] * t for t in x], color="#999999", linestyle=":",
-                         label="as much for every task")
+            if method == "mose":
+                axes[1].plot(x, [used[0] * t for t in x], color="#999999", linestyle=":",
+                             label="as much for every task")
         axes[2].plot(x, [b / 1e3 for b in runs[0]["bytes"]], **look)
     axes[0].set(ylabel="average score on seen tasks, 0-100", ylim=(0, 100))
     axes[1].set(ylabel="used share of the pool, %", ylim=(0, None))

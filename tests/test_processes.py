@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_trace  # noqa: E402
-from mose import MoSE, decode  # noqa: E402
+from mose import MoSE  # noqa: E402
 
 SHORT = ["--tasks", "FOMC,NumGLUE-cm", "--max_train", "40", "--max_test", "9", "--epochs", "2",
          "--methods", "lora,mose", "--lr", "1e-3", "--batch", "16", "--eval_batch", "4",
@@ -42,8 +42,10 @@ def runs(tmp_path_factory):
 def test_two_processes_get_the_scores_of_one(runs, method):
     one, two = (json.loads((run / f"{method}.json").read_text()) for run in runs)
     assert (one["processes"], two["processes"]) == (1, 2)
-    for key in ("zero_shot", "R", "R_tail", "bytes", "used", "source", "task_id_accuracy"):
+    for key in ("zero_shot", "R", "R_tail", "used", "source", "task_id_accuracy"):
         assert one[key] == two[key], key
+    # Weights that differ in their last bits are compressed to a little more or less.
+    assert one["bytes"] == pytest.approx(two["bytes"], rel=0.01)
 
 
 def learned(file):
@@ -51,7 +53,8 @@ def learned(file):
     model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
     mose = MoSE.load(model, file)
     values = torch.cat([layer.frozen for layer in mose.layers])
-    return [decode(code) for code, _ in mose.tasks.values()], values, [*mose.keys.total.values()]
+    masks = [mask for layer in mose.layers for mask, _ in layer.tasks.values()]
+    return masks, values, [*mose.key_means.values()]
 
 
 def test_two_processes_learn_the_same_masks_and_weights_as_one(runs):

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_trace  # noqa: E402
-from train_trace import score  # noqa: E402
+from benchmarks.trace_scores import score  # noqa: E402
 
 ODD = ["", ".", "...", " ", "\n", "a", "a.", ".a", "a b. c d", "c d. a b", "A b", "a  b\tc", "für."]
 

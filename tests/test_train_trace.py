@@ -118,8 +118,8 @@ def test_prompts_of_any_length_and_script_are_learned_and_answered(tmp_path, mon
     rows = [{"prompt": f"{i} {text}", "answer": f"{text[:3]}."} for i, text in enumerate(texts)]
     data = task_folder(tmp_path / "data", json.dumps(rows), "long")
     monkeypatch.chdir(tmp_path)
-    train_trace.main(Args(data=data, tasks="long", metric="long=rouge_l", epochs="1", methods="mose",
-                          max_prompt=64, device="cpu"))
+    train_trace.main(Args(data=data, tasks="long", metric="long=rouge_l", epochs="1",
+                          methods="mose", max_prompt=64, device="cpu"))
     result = json.loads((tmp_path / "runs/default/mose.json").read_text())
     assert result["examples"] == {"long": [4, 4]} and result["task_id_accuracy"] == [100.0]
 

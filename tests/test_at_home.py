@@ -1,0 +1,309 @@
+"""At home in other people's code: casts, beams, state_dict, inference mode, threads, odd bases."""
+
+import copy
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import mose as module  # noqa: E402
+from mose import MoSE, MoSEConfig, SubExperts  # noqa: E402
+from test_mose import attach, data, learn, refuses, snapshot, step, tiny  # noqa: E402
+
+
+@pytest.fixture(params=[True, False], ids=["guarded", "control"])
+def guard(request):
+    return request.param
+
+
+# ------------------------------------------------------------------------------ casts and devices
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(),
+                                  lambda m: m.to("cpu", torch.float16)])
+def test_a_cast_of_the_model_never_changes_the_adapter(cast, guard, monkeypatch, tmp_path):
+    # Off: the cast reaches the pool, and rounds what the finished task reads.
+    guard or monkeypatch.setattr(SubExperts, "_apply", torch.nn.Module._apply)
+    mose = learn(attach(), "a")
+    before = copy.deepcopy([[*layer.parameters(), *layer.buffers()] for layer in mose.layers])
+    cast(mose.model)
+    same = [torch.equal(old.float(), new.float()) for tensors, layer in zip(before, mose.layers)
+            for old, new in zip(tensors, [*layer.parameters(), *layer.buffers()])]
+    assert all(same) == guard
+    if guard:
+        assert mose.layers[0].frozen.dtype == torch.float32
+        snapshot(mose, "a"), learn(mose, "b"), mose.save(tmp_path / "m")
+        assert MoSE.load(tiny(), tmp_path / "m").tasks == ["a", "b"]
+
+
+def test_a_task_in_force_follows_its_module_to_another_device():
+    mose = learn(attach(), "a")
+    mose.model.to("meta")
+    _, router, matrices = mose.layers[0].in_force[0]
+    assert {router.device.type, *(m.device.type for m in matrices)} == {"meta"}
+
+
+# ------------------------------------------------------------------------------ generate
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2},
+                                     {"do_sample": True, "num_return_sequences": 4}])
+def test_each_example_keeps_its_task_through_beams_and_several_answers(options):
+    mose, ids = learn(attach("grouped"), *"ab"), data("c", 2)
+    mose.model.generation_config.pad_token_id = 0
+
+    def generate(task, ids):
+        torch.manual_seed(0)
+        with mose.task(task):
+            return mose.model.generate(ids, max_new_tokens=6, **options)
+
+    alone = [generate(task, ids[i:i + 1]) for i, task in enumerate("ba")]
+    mixed = generate(["b", "a"], ids).chunk(2)
+    if "do_sample" not in options:  # a sample of two examples draws other numbers than of one
+        assert all(map(torch.equal, mixed, alone))
+        assert not torch.equal(generate("a", ids).chunk(2)[0], alone[0])  # control: another task
+    with mose.task(["a", "b"]), pytest.raises(ValueError, match="got 2 tasks for a batch of 3"):
+        mose.model(data("c", 3))
+
+
+def test_a_mixed_batch_costs_by_distinct_task():
+    mose, names = learn(attach(), *"ab"), ["a", "b"] * 50
+
+    def held(task):
+        mose.set_task(task)
+        sizes = {}  # of each storage once
+        for layer in mose.layers:
+            for _, router, matrices in layer.in_force:
+                for tensor in (router, *matrices):
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(sizes.values())
+
+    assert held(names) <= 1.2 * (held("a") + held("b"))
+    assert held([*names, None]) == held(["a", "b"]) > 1.2 * held("a")  # control: two, not one
+
+
+# ------------------------------------------------------------------------------ state and modes
+
+
+def test_what_state_dict_gives_can_be_put_back():
+    mose = learn(learn(attach(), "a"), "b", end=False)
+    state = copy.deepcopy(mose.model.state_dict())
+    before = snapshot(mose, "b")
+    step(mose.model, torch.optim.AdamW(mose.trainable_parameters(), lr=0.1), data("b"))
+    assert not torch.equal(snapshot(mose, "b"), before)
+    assert mose.model.load_state_dict(state) == torch.nn.modules.module._IncompatibleKeys([], [])
+    assert torch.equal(snapshot(mose, "b"), before)
+
+
+def test_an_older_state_dict_does_not_undo_a_finished_task(guard, monkeypatch):
+    if not guard:  # off: what finished tasks read is part of it
+        register = SubExperts.register_buffer
+        monkeypatch.setattr(SubExperts, "register_buffer",
+                            lambda layer, name, x, **_: register(layer, name, x))
+    mose = learn(attach(), "a", end=False)
+    state = copy.deepcopy(mose.model.state_dict())
+    mose.end_task()
+    before = snapshot(mose, "a")
+    mose.begin_task("b")
+    mose.model.load_state_dict(state)
+    mose.forget("b")
+    assert torch.equal(snapshot(mose, "a"), before) == guard
+
+
+def test_gradients_of_a_dropped_task_do_not_reach_the_next(guard, monkeypatch):
+    guard or monkeypatch.setattr(SubExperts, "zero_grad", lambda layer: None)
+    mose = attach()
+    mose.begin_task("a")
+    (mose.model(data("a"), labels=data("a")).loss * float("nan")).backward()
+    mose.forget("a")
+    mose.begin_task("a")
+    mose.model(data("a"), labels=data("a")).loss.backward()
+    assert all(p.grad.isfinite().all() for p in mose.trainable_parameters()) == guard
+
+
+def test_a_list_of_tasks_is_that_of_the_call():
+    mose, names = learn(attach(), *"ab"), ["a", "b"]
+    mose.set_task(names)
+    before = mose.model(data("c", 2)).logits
+    names.reverse()
+    assert torch.equal(mose.model(data("c", 2)).logits, before) and mose.active == ["a", "b"]
+
+
+def test_dropping_many_tasks_leaves_the_keys_of_others_sure():
+    mose = learn(attach(), *"ab")
+    for _ in range(60):
+        mose.begin_task("x")
+        mose.observe(data("c", 64))
+        mose.forget("x")
+    names, sure = mose.infer_task(torch.cat([data("new a"), data("new b")]), return_confidence=True)
+    assert names == [*"aaaabbbb"] and min(sure) > 0.9
+
+
+@pytest.mark.parametrize("shares", [{"a": -1.0}, {"a": float("nan")}, {None: float("inf")}])
+def test_a_probe_gives_numbers_or_is_refused(shares):
+    mose = learn(attach(), "a")
+    refuses(r"probe\(\) gave", mose.begin_task, "b", lambda: shares.get(mose.active, 1.0))
+    assert mose.open is None and mose.tasks == ["a"]
+
+
+@pytest.mark.parametrize("ids, mask", [(data("a")[0], None), (data("a"), torch.ones(2, 8))])
+def test_prompts_of_another_shape_are_refused(ids, mask):
+    refuses(r"expected ids and masks \(B, T\)", learn(attach(), "a").infer_task, ids, mask)
+
+
+def test_a_new_task_can_be_trained_whatever_was_switched_off_before(guard, monkeypatch):
+    mose = attach()
+    mose.model.requires_grad_(False)
+    # Off: the state of attaching is trusted.
+    guard or monkeypatch.setattr(SubExperts, "requires_grad_", lambda layer, on: layer)
+    mose.begin_task("a")
+    assert bool(mose.trainable_parameters()) == guard
+
+
+@pytest.mark.parametrize("what", ["load", "end_task", "set_task"])
+def test_training_goes_on_after_inference_mode(what, guard, monkeypatch, tmp_path):
+    if not guard:  # off: what is made in inference mode stays unfit for training
+        for name, kind in (("activate", SubExperts), ("__init__", MoSE)):
+            monkeypatch.setattr(kind, name, getattr(kind, name).__wrapped__)
+    mose, base = learn(learn(attach(), "a"), "b", end=what != "end_task"), tiny()
+    if what == "load":
+        mose.save(tmp_path / "m")
+    with torch.inference_mode():
+        mose = MoSE.load(base, tmp_path / "m") if what == "load" else mose
+        if what == "end_task":
+            mose.end_task()
+        mose.set_task("a")
+
+    def go_on():
+        inputs = torch.randn(2, 4, 32, requires_grad=True)
+        mose.model(inputs_embeds=inputs).logits.sum().backward()  # under what was set there
+        falls, before = [], snapshot(mose, *"ab")
+        learn(mose, "c", steps=6, falls=falls)
+        assert falls[0] > 0 and torch.equal(snapshot(mose, *"ab"), before)
+
+    if guard:
+        return go_on()
+    with pytest.raises(RuntimeError, match="[Ii]nference"):
+        go_on()
+
+
+# ------------------------------------------------------------------------------ odd bases
+
+
+def small(kind, **more):
+    sizes = {"vocab_size": 64, "d_model": 32, "num_layers": 1, "num_heads": 4, "d_kv": 8,
+             "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **more)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
+@pytest.mark.parametrize("model, targets, name", [
+    (lambda: small("t5"), ("q", "v"), "q"), (lambda: small("bart"), ("q_proj", "v_proj"), "v_proj"),
+    (tiny, ("lm_head",), "lm_head"), (tiny, ("up_proj",), "up_proj")])
+def test_a_target_that_may_read_other_tokens_is_refused_with_a_reason(model, targets, name):
+    base = model()
+    with pytest.raises(ValueError, match=rf"'{name}'.* can't be targets.*there are \[") as error:
+        MoSE(base, MoSEConfig(targets=targets))
+    there = str(error.value).partition("there are ")[2]
+    assert f"'{name}'" not in there and all(p.requires_grad for p in base.parameters())
+
+
+def test_compressed_keys_and_values_are_no_target():
+    config = transformers.DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4,
+        n_group=2, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=24,
+        qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8, first_k_dense_replace=1)
+    model = transformers.DeepseekV3ForCausalLM(config)
+    refuses(r"\['kv_b_proj'\] can't be", MoSE, model, MoSEConfig(targets=("kv_b_proj",)))
+    mose = learn(MoSE(model, MoSEConfig(targets=("q_a_proj", "o_proj"))), "a")
+    assert not torch.equal(snapshot(mose, "a"), snapshot(mose, None))  # control: these can
+
+
+# ------------------------------------------------------------------------------ the same base
+
+
+def swapped_rows(model):
+    table = model.get_input_embeddings().weight.data
+    table.copy_(table.roll(1, dims=0))
+
+
+def transposed(model):
+    weight = model.model.layers[0].self_attn.o_proj.weight.data
+    weight.copy_(weight.T.clone())
+
+
+def permuted_heads(model):
+    attention = model.model.layers[0].self_attn
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        layer.weight.data.copy_(layer.weight.data.view(4, 8, 32).flip(0).reshape(32, 32))
+    out = attention.o_proj.weight.data
+    out.copy_(out.view(32, 4, 8).flip(1).reshape(32, 32))
+
+
+def other_positions(model):
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq ** 1.5
+
+
+@pytest.mark.parametrize("change", [swapped_rows, transposed, permuted_heads, other_positions])
+def test_a_base_that_is_another_is_seen_and_its_copies_are_not(change, tmp_path):
+    learn(attach(), "a").save(tmp_path / "m")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert MoSE.load(tiny(dtype=dtype), tmp_path / "m").tasks == ["a"]
+    other = tiny()
+    change(other)
+    refuses("a base of other layers, weights or positions", MoSE.load, other, tmp_path / "m")
+
+
+# ------------------------------------------------------------------------------ processes, threads
+
+
+def test_all_ranks_draw_what_the_first_draws(guard, monkeypatch):
+    """Two processes in one: the second gets the first one's number, as broadcasting gives it."""
+    sent = []
+
+    def broadcast(box):
+        sent.append([*box])
+        box[:] = sent[0]
+
+    if guard:  # off: no process group
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    ranks = []
+    for seed in (1, 2):
+        ranks.append(attach())
+        torch.manual_seed(seed)
+        ranks[-1].begin_task("a")
+    weights = [torch.cat([layer.weight for layer in mose.layers]) for mose in ranks]
+    assert torch.equal(*weights) == guard
+
+
+def test_threads_share_a_model(guard, monkeypatch):
+    guard or monkeypatch.setattr(module, "this_thread", lambda: 0)
+    mose, wrong, count = learn(attach(), "a"), [], 4
+    inputs = [data(f"{i} a") for i in range(count)]
+    expected = [snapshot(mose, "a", ids=ids)[0] for ids in inputs]
+    mose.set_task("a")
+    together = threading.Barrier(count)
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(40):
+                if guard is False:
+                    together.wait()
+                wrong.append(not torch.equal(mose.model(inputs[i]).logits, expected[i]))
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    sys.setswitchinterval(switch)
+    assert any(wrong) != guard and len(wrong) == 160
