@@ -3,8 +3,8 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file; it needs only torch.
 
 The base is frozen. Each target layer y = x W of a self-attention module gets E low-rank experts;
-the weights of all experts of a module are its pool of N entries. A task has a router, which sends
-every token to its top_k experts, and a mask, which says which entries of the pool the task reads:
+the weights of all experts of a module are its pool of N entries. In each module a task has a
+router, which sends every token to its top_k experts, and a mask, which says what it reads there:
 
     gate = top_k(softmax(x @ projection @ router.T))                                       (1)
     y    = x W + scale * sum_e gate_e * x @ A_e @ B_e                                      (2)
@@ -26,7 +26,7 @@ pool fills ever more slowly.
     mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC"), if the task is known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P what a router
-reads of a token, N entries of a pool. A "mask" is a task's; that of padding is `attention_mask`.
+reads of a token, N entries of a pool. In (1) x is what the module reads, in (2) its target.
 CHOICE: the paper leaves it open. DIFFERS: from Winning SubNetworks, on which this builds.
 """
 
@@ -67,7 +67,7 @@ class MoSEConfig:
 
     def __post_init__(self):
         most = {"top_k": self.num_experts, "density": 1}
-        for name, value in list(vars(self).items())[1:]:  # targets are checked by find_targets
+        for name, value in list(vars(self).items())[1:]:  # all but targets: see find_targets
             # Where the default is a whole number, the value has to be one too.
             kind, high = type(getattr(MoSEConfig, name)), most.get(name, math.inf)
             fits = isinstance(value, (int, kind)) and 0 < value <= high
@@ -85,18 +85,18 @@ def expect(fine, message):
 def top_k_mask(score, k):
     """The bool mask of exactly the k largest scores (N,)."""
     # By index: a threshold keeps everything that ties with it, and the mask outgrows k.
-    return torch.zeros_like(score).bool().index_fill(0, score.topk(k).indices, True)
+    return torch.zeros_like(score).bool().index_fill(0, score.topk(k, sorted=False).indices, True)
 
 
 def straight_through(weight, score, frozen, used, mask):
-    """Equation (3), all (N,): values in the mask and 0 outside; backward acts as if all were in it.
+    """Equation (3), all (N,): values in the mask, 0 outside. Here, backward skips the masking.
 
     So every score gets the gradient times its value, whether the mask holds its entry or not, and
     can win a place (the straight-through estimator of Winning SubNetworks, ICML 2022). Every weight
     gets the gradient itself, unless it is used.
     """
     # DIFFERS: weights outside the mask learn too, not only their scores. B starts at 0, where the
-    # gradient of a score is exactly 0: an entry of B outside the mask could never win a place.
+    # gradient of a score is exactly 0: an entry of B outside the mask could not rise into it.
     value = torch.where(used, frozen, weight) * (1 + (score - score.detach()))  # times exactly 1
     return value - torch.where(mask, 0.0, value).detach()  # backward does not see this subtraction
 
@@ -119,7 +119,8 @@ def top_k_gates(x, to_gates, k):
 def this_thread():
     """Threads may share a model, so what a forward pass notes for its hooks is kept by thread.
 
-    A compiled graph can't ask for its thread, and needs not: it keeps its values to itself.
+    A compiled graph can't ask for its thread. It need not: within one graph, what `route` writes
+    and `add_delta` reads are plain values of that graph.
     """
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -193,10 +194,10 @@ class SubExperts(nn.Module):
         self.router.copy_(router)
         # Straight-through has moved free entries that were in no mask. Without a new start they
         # would be in this task's delta before it has learned anything. At 0 the delta is exactly
-        # that of the source, and new entries learn beside its own A and B.
+        # that of the source, whose A and B, which are not 0, give new entries their gradients.
         self.weight.zero_()
         if source is None:  # A uniform in +-1/sqrt(D), B at 0: the delta is exactly 0
-            for A in self.unpack(self.weight, router)[1][::2]:
+            for A in self.unpack(self.weight, self.router)[1][::2]:
                 A.copy_((2 * torch.rand(A.shape, generator=generator) - 1) / math.sqrt(len(A)))
 
     def select(self):
@@ -258,7 +259,7 @@ class SubExperts(nn.Module):
         """Forward hook of target i: equation (2), all experts in two matrix products."""
         for rows, gates, matrices in self.now[this_thread()]:
             A, B = matrices[2 * i : 2 * i + 2]  # (D, E*R), (E*R, O)
-            x = args[0][rows].float()  # (B, T, D)
+            x = args[0][rows].float()  # (B, T, D); the base may be bf16, and autocast goes its way
             expect(x.shape[:2] == gates.shape[:2], f"target {i} reads other tokens than its router")
             delta = ((x @ A * gates) @ B).to(out.dtype)  # (B, T, E*R) -> (B, T, O)
             out = out + delta if isinstance(rows, slice) else out.index_add(0, rows, delta)
@@ -296,8 +297,9 @@ def find_targets(model, wanted):
         if layers and "att" in f"{path.split('.')[-1]} {type(module).__name__}".lower():
             inputs = in_out([*layers.values()][0])[0]  # D, of q_proj or its like
             cross = any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
-            # q, k and v read D numbers of the same tokens, and o gives D. What does neither may
-            # read a cache of earlier tokens. A name has to fit wherever it stands.
+            # A target has D as its input (q, k, v) or its output (o). Others, such as kv_b_proj of
+            # MLA, read a compressed cache: more tokens than the module does. One bad place rules a
+            # name out.
             for name, layer in layers.items():
                 (unfit if cross or inputs not in in_out(layer) else fit).add(name)
             found.append((module, {n: layers[n] for n in layers if n in wanted}, inputs))
@@ -393,6 +395,7 @@ class MoSE:
         (source, need), generator = start[0], torch.Generator().manual_seed(start[1])
         for layer in self.layers:
             layer.begin(source, need, generator)
+        # (From a source a task may get none: its router still learns.)
         expect(source is not None or any(layer.num_new for layer in self.layers),
                f"{name!r} gets no entry: density x free is under 1; forget() a task first")
         self.open, self.key_new = name, (0, 0.0, 0.0)  # number of prompts, sum of x and of x x^T
@@ -413,9 +416,8 @@ class MoSE:
             layer.finish(name)
         count, total, square = self.key_new
         if count:
-            self.key_means[name] = (total / count).float()
+            self.key_means[name], self.key_count = (total / count).float(), self.key_count + count
             self.key_scatter += (square - torch.outer(total, total) / count).float()
-            self.key_count += count
         self.tasks.append(name)
         self.set_task(name)
         return self.capacity()[name]
@@ -446,12 +448,13 @@ class MoSE:
         expect(learning or names and {*names} <= {None, *self.tasks},
                f"unknown task {task!r}: finished so far are {self.tasks}")
         for layer in self.layers:
-            layer.activate([None] if learning else names, learning)
+            with torch.autocast(layer.used.device.type, enabled=False):  # or to_gates would be bf16
+                layer.activate([None] if learning else names, learning)
         self.active = names if isinstance(task, list) else task
 
     def task(self, task):
         """`with mose.task("FOMC"): ...`, then back to what was in force before."""
-        stack = contextlib.ExitStack()
+        stack = contextlib.ExitStack()  # leaving its with-block calls back, after an error too
         stack.callback(self.set_task, self.active)
         self.set_task(task)
         return stack
@@ -463,15 +466,15 @@ class MoSE:
     # discriminant analysis). How the paper infers it is not known.
 
     def _embed(self, input_ids, attention_mask):
-        """Prompts (B, T) -> x (B, key_dim): weighted token embeddings under a fixed projection."""
+        """Prompts (B, T) -> x (B, key_dim): mean token embeddings under a fixed projection."""
         table, prompts = self.model.get_input_embeddings().weight.detach(), []
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        expect(mask.dim() == 2 and mask.shape == input_ids.shape, "expected ids and masks (B, T)")
-        for ids, real in zip(input_ids.to(table.device), mask.to(table.device).bool()):
-            expect(real.any(), "a prompt is nothing but padding: expected at least one token")
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        expect(real.dim() == 2 and real.shape == input_ids.shape, "expected ids and masks (B, T)")
+        for ids, own in zip(input_ids.to(table.device), real.to(table.device).bool()):
+            expect(own.any(), "a prompt is nothing but padding: expected at least one token")
             # CHOICE: a token that occurs n times counts 1 + log n times, so that the words that all
             # prompts have don't hide those that tell tasks apart.
-            tokens, times = ids[real].unique(return_counts=True)
+            tokens, times = ids[own].unique(return_counts=True)
             weights = 1 + times.log()
             prompts.append(weights @ table[tokens].float() / weights.sum())
         x = torch.stack(prompts).cpu() @ fixed_signs(table.shape[1], len(self.key_scatter))
@@ -492,15 +495,16 @@ class MoSE:
         expect(self.tasks and not keyless, f"no key: {keyless}; observe() prompts of an open task")
         x, cov = self._embed(input_ids, attention_mask), self.key_scatter.double() / self.key_count
         means = [self.key_means[name].double() for name in self.tasks]  # (key_dim,) each
-        # A ridge, for directions in which prompts so far don't differ: few prompts show few. Where
-        # none differ at all, it has the size of a mean.
+        # A ridge, for directions in which prompts so far don't differ: few prompts show few. A bit
+        # of a mean's square keeps cov invertible even if no two prompts differ.
         ridge = (0.01 + 0.25 * len(cov) / self.key_count) * cov.diagonal().mean()
-        cov += (ridge + 1e-4 * means[0].square().mean()) * torch.eye(len(cov))
+        ridge += 1e-4 * means[0].square().mean()
+        root = torch.linalg.cholesky(cov + ridge * torch.eye(len(cov)))  # once, for all tasks
         # CHOICE: "none of these" is one more class, in the middle of all and 3 times as wide.
         # Without it, a prompt far from every task would belong to the nearest for sure.
-        classes = [(mean, cov) for mean in means] + [(sum(means) / len(means), 9 * cov)]
-        logits = [torch.distributions.MultivariateNormal(*c).log_prob(x) for c in classes]
-        logits = torch.stack(logits, dim=1)  # (B, tasks + 1)
+        classes = [(mean, root) for mean in means] + [(sum(means) / len(means), 3 * root)]
+        normal = functools.partial(torch.distributions.MultivariateNormal, validate_args=False)
+        logits = torch.stack([normal(m, scale_tril=r).log_prob(x) for m, r in classes], dim=1)
         names = [self.tasks[i] for i in logits[:, :-1].argmax(1)]
         return (names, logits.softmax(1)[:, :-1].amax(1).tolist()) if return_confidence else names
 
@@ -511,6 +515,7 @@ class MoSE:
 
         The bytes are about those in the saved file; what all keys share counts with the first task.
         """
+        # Of keys: a mean for each task; half of the symmetric scatter once, with the first task.
         report, dim, used = {}, len(self.key_scatter), torch.tensor(False)
         for name in self.tasks:
             mask = torch.cat([layer.tasks[name][0] for layer in self.layers])
@@ -539,7 +544,7 @@ class MoSE:
             "tasks": self.tasks, "keys": (self.key_means, self.key_scatter.triu(), self.key_count),
         }, buffer)  # triu: one half of a symmetric matrix is enough, and zeros compress well
         with open(f"{path}.tmp", "wb") as file:
-            file.write(FORMAT + bz2.compress(buffer.getvalue()))  # it has a checksum
+            file.write(FORMAT + bz2.compress(buffer.getvalue()))  # its checksum shows any damage
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name without content
         os.replace(f"{path}.tmp", path)

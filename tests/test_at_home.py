@@ -307,3 +307,14 @@ def test_threads_share_a_model(guard, monkeypatch):
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     sys.setswitchinterval(switch)
     assert any(wrong) != guard and len(wrong) == 160
+
+
+def test_gates_are_fp32_though_the_task_was_set_under_autocast():
+    mose = learn(attach(), "a")
+    before, layer = snapshot(mose, "a")[0], mose.layers[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mose.set_task("a")
+        rounded = layer.projection @ layer.tasks["a"][1].mT
+    assert rounded.dtype == torch.bfloat16  # control: this is what autocast does to such a product
+    assert layer.in_force[0][1].dtype == torch.float32
+    assert torch.equal(mose.model(data("a")).logits, before)
