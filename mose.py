@@ -12,8 +12,8 @@ router, which sends every token to its top_k experts, and a mask, which says wha
 
 `used` marks the entries that some finished task reads. Their values come from the buffer `frozen`,
 which no optimizer can hold, so the output of a finished task can't change: forgetting is ruled out
-by construction. A new task takes the share `density` of the entries that are still free, so the
-pool fills ever more slowly.
+by construction. A new task takes at most the share `density` of the entries that are still free,
+so the pool fills ever more slowly.
 
     mose = MoSE(model)
     mose.begin_task("FOMC")                             # may start from a finished task: see there
@@ -117,10 +117,11 @@ def top_k_gates(x, to_gates, k):
 
 
 def this_thread():
-    """Threads may share a model, so what a forward pass notes for its hooks is kept by thread.
+    """What a forward pass notes for its hooks is kept by thread: threads may share a model, and
+    checkpointing runs it again in a thread of autograd's.
 
     A compiled graph can't ask for its thread. It need not: within one graph, what `route` writes
-    and `add_delta` reads are plain values of that graph.
+    and `add_delta` reads are plain values of that graph. So compile the whole model.
     """
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -147,16 +148,17 @@ class SubExperts(nn.Module):
             self.shapes += [(d, width), (width, o)]
         # Quantised layers may have buffers only.
         device = [*attention.parameters(), *attention.buffers()][0].device
-        zeros = torch.zeros(sum(map(math.prod, self.shapes)), device=device)
+        zeros = torch.zeros(sum(map(math.prod, self.shapes)), dtype=torch.float32, device=device)
         self.weight, self.score = nn.Parameter(zeros.clone()), nn.Parameter(zeros.clone())
         self.router = nn.Parameter(zeros.new_zeros(config.num_experts, config.router_dim))
-        # Not in state_dict(): an older one, put back, would undo the tasks finished since.
+        # Not in state_dict(): an older one, put back, would undo the tasks finished since. `source`
+        # belongs to the open task, and goes with its weight, score and router.
         self.register_buffer("frozen", zeros.clone(), persistent=False)
         self.register_buffer("used", zeros.bool(), persistent=False)
         self.register_buffer("source", zeros.bool())
         # CHOICE: routers read their module's input through a fixed random projection to P numbers.
         # With D numbers they would need as many bytes as the A of a LoRA of rank E, for every task.
-        projection = (fixed_signs(inputs, config.router_dim) / math.sqrt(inputs)).to(device)
+        projection = (fixed_signs(inputs, config.router_dim) / math.sqrt(inputs)).to(zeros)
         self.register_buffer("projection", projection, persistent=False)
         self.tasks, self.num_new, self.now = {}, 0, {0: []}
         self.activate([None])
@@ -219,12 +221,14 @@ class SubExperts(nn.Module):
         self.used.copy_(torch.stack([torch.zeros_like(self.used), *masks]).any(0))
         self.frozen.masked_fill_(~self.used, 0.0)
 
-    @torch.inference_mode(False)  # what is made in inference mode can't be trained with later
+    # Autograd can't save what is made in inference mode for a backward pass through it later.
+    @torch.inference_mode(False)
     def activate(self, names, learning=False):
         """Put finished tasks in force: a name for each example, or one for all; None is the bare
-        base. Or the open task (learning): then names is [None], for it reads no finished one.
+        base. Or the open task (learning): then names is [None], which stands for it.
 
-        What they read is built here once, and not for every token.
+        What finished tasks read is built here once, and not for every token. What the open one
+        reads changes with every step, so `route` builds it.
         """
         self.names, self.learning, self.in_force = names, learning, []
         for name in sorted({*names} - {None}):
@@ -239,7 +243,7 @@ class SubExperts(nn.Module):
     # ---- the life of a token
 
     def route(self, attention, args, kwargs):
-        """Forward pre-hook of the attention module: equations (3) and (1), for all its targets."""
+        """Forward pre-hook of the attention module: equation (1), and (3) for the open task."""
         x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
         times, rest = divmod(len(x), len(self.names))  # generate repeats examples: beams, answers
         expect(not rest, f"got {len(self.names)} tasks for a batch of {len(x)} examples: one each")
@@ -339,7 +343,7 @@ class MoSE:
     open task, which count when it ends.
     """
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # its Parameters are to be trained, wherever it is made
     def __init__(self, model, config=None):
         """Attach to `model` and freeze it. ValueError if a target does not fit it."""
         self.model, self.config = model, config or MoSEConfig()
@@ -423,7 +427,8 @@ class MoSE:
         return self.capacity()[name]
 
     def forget(self, name):
-        """Remove a task, or drop the open one (first). What others compute stays, bit for bit."""
+        """Remove a task, or drop the open one; while one is open, only that one can go. What the
+        others compute stays the same, bit for bit."""
         known = self.tasks if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}")
         self.tasks, self.open = [task for task in self.tasks if task != name], None
@@ -437,7 +442,7 @@ class MoSE:
     # ---- which task is in force
 
     def set_task(self, task):
-        """A task for all examples, a list with one per example, or None for the bare base.
+        """A task for all examples, a list with one finished task per example, or None for the base.
 
         A batch may be a multiple of the list: generate repeats examples for beams and answers. A
         task is set for all threads. Keep it until after backward(): gradient checkpointing runs the
@@ -481,7 +486,10 @@ class MoSE:
         return x.double()  # for differences of large sums
 
     def observe(self, input_ids, attention_mask=None):
-        """Let prompts (B, T) of the open task feed its key; no pass through the model."""
+        """Let prompts (B, T) of the open task feed its key; no pass through the model.
+
+        With several processes, let each observe all prompts: the sums are not shared.
+        """
         expect(self.open is not None, "no task is open: call begin_task(name) before observe()")
         x, (count, total, square) = self._embed(input_ids, attention_mask), self.key_new
         self.key_new = count + len(x), total + x.sum(0), square + x.T @ x
