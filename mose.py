@@ -387,10 +387,10 @@ class MoSE:
         for source in [None, *self.tasks] if probe else ():
             with self.task(source), torch.no_grad():
                 left[source] = float(probe())
+        expect(all(0 <= v < math.inf for v in left.values()), f"probe() gave {left}, expected >= 0")
         # CHOICE: a new task starts from the one that leaves least to learn, if that is well below
         # what the base leaves. It takes that share of the new entries. How the paper reuses old
         # experts is not known.
-        expect(all(0 <= v < math.inf for v in left.values()), f"probe() gave {left}, expected >= 0")
         source = min(left, key=left.get, default=None)
         need = left[source] / left[None] if source is not None else 1.0
         start = [(source, need) if need < 0.75 else (None, 1.0), int(torch.randint(2**62, ()))]

@@ -313,7 +313,8 @@ def main():
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
     shape, dtype, batch = SHAPES[args.device]
     lines = [f"# Speed and memory against peft: {args.device}\n",
-             f"`python benchmarks/bench_peft.py --device {args.device}`: "
+             f"`python benchmarks/bench_peft.py --device {args.device} --launches {args.launches} "
+             f"--rounds {args.rounds}`: "
              f"{machine(args.device)}, seed 0, {versions}, medians of {args.launches} "
              f"launches x {args.rounds} rounds, in turns. Random Llama {shape}, {dtype}, "
              f"training batch {batch}; {EXPERTS} experts of rank {RANK} on {', '.join(TARGETS)} "

@@ -28,6 +28,8 @@ at scale 2 was added after the search too, since scale 4 was the best of the thr
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -40,9 +42,11 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import mose  # noqa: E402
 import train_trace as loop  # noqa: E402
+from benchmarks.transfer import setup  # noqa: E402
+from report import spread  # noqa: E402
 
 
 def options(experts, rank, top_k, std, scale):
@@ -93,23 +97,11 @@ def new_adapter(name, model):
 # ---------------------------------------------------------------- learning
 
 
-def setup(seed, split):
-    """Options, model and tokenizer, in a process of its own."""
-    torch.set_num_threads(1)
-    loop.transformers.logging.set_verbosity_error()
-    loop.transformers.logging.disable_progress_bar()
-    loop.datasets.disable_progress_bars()
-    loop.progress.keywords["disable"] = True
-    args = loop.Args(seeds=str(seed), device="cpu", split=split)
-    return args, *loop.load_model(args)
-
-
 def tasks_of(what, args, model, tokenizer):
     """The tasks of a measure."""
     if what == "clash":
-        args = loop.dataclasses.replace(
-            args, tasks="Clash", metric="Clash=accuracy", epochs="12",
-            data=str(ROOT / "assets/transfer-mini"))
+        args = dataclasses.replace(args, tasks="Clash", epochs="12",
+                                   data=str(ROOT / "assets/transfer-mini"))
     return loop.load_tasks(args, tokenizer, model)
 
 
@@ -135,25 +127,21 @@ def learned(what, name, args, model, tokenizer, tasks):
 real_gates = mose.top_k_gates
 
 
-def noted(adapter):
+@contextlib.contextmanager
+def noted_gates():
     """Within it, a list gets the gates (B, T, E) of each layer, in the order of the layers."""
     gates = []
-
-    def note(*given):
-        gates.append(real_gates(*given))
-        return gates[-1]
-
-    mose.top_k_gates = note
-    return gates
+    mose.top_k_gates = lambda *given: gates.append(real_gates(*given)) or gates[-1]
+    yield gates
+    mose.top_k_gates = real_gates
 
 
 @torch.no_grad()
-def mean_gates(adapter, model, tokenizer, task):
+def mean_gates(model, tokenizer, task):
     """The mean gates (E,) of each layer over all tokens of 64 training prompts of a task."""
-    gates = noted(adapter)
     ids, mask = next(loop.whole_prompts(task.train[:64], tokenizer, 64))
-    model(input_ids=ids, attention_mask=mask)
-    mose.top_k_gates = real_gates
+    with noted_gates() as gates:
+        model(input_ids=ids, attention_mask=mask)
     return [layer[mask.bool()].mean(0) for layer in gates]
 
 
@@ -189,7 +177,8 @@ def score(what, name, seed, split, surgery):
     for task, other in zip(tasks, tasks[1:] + tasks[:1]):
         for how in surgery:
             adapter.set_task(task.name)
-            means = mean_gates(adapter, model, tokenizer, task)
+            wanted = how == "mean over tokens"
+            means = mean_gates(model, tokenizer, task) if wanted else None
             operate(how, adapter, means, other.name)
             values = loop.evaluate(model, tokenizer, None, task, args)[0]
             mose.top_k_gates = real_gates
@@ -292,10 +281,8 @@ def shares(name, seed=20):
         half = "Vault" if row["prompt"].startswith("Vault") else "Shuffled"
         spans = PARTS.fullmatch(row["prompt"])
         coded = tokenizer(row["prompt"], return_offsets_mapping=True, add_special_tokens=False)
-        gates = noted(adapter)
-        with torch.no_grad():
+        with torch.no_grad(), noted_gates() as gates:
             model(torch.tensor([[tokenizer.bos_token_id, *coded["input_ids"]]]))
-        mose.top_k_gates = real_gates
         best = torch.stack([layer[0, 1:].argmax(-1) for layer in gates])  # (layers, T)
         for t, (_, end) in enumerate(coded["offset_mapping"]):
             for part in PARTS.groupindex:
@@ -328,10 +315,6 @@ def draw(taken, default, file):
 
 
 # ---------------------------------------------------------------- the report
-
-
-def spread(values):
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def with_error(difference):

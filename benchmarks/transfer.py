@@ -40,14 +40,14 @@ METHODS = {"ours": loop.probe, "reuse off": lambda *given: 1.0}
 # ---------------------------------------------------------------- jobs
 
 
-def setup(seed):
+def setup(seed, split="test"):
     torch.set_num_threads(1)
     loop.transformers.logging.set_verbosity_error()
     loop.transformers.logging.disable_progress_bar()
     loop.datasets.disable_progress_bars()
     loop.progress.keywords["disable"] = True
-    metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy"
-    args = loop.Args(seeds=str(seed), device="cpu", metric=metrics)
+    metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy,Clash=accuracy"
+    args = loop.Args(seeds=str(seed), device="cpu", metric=metrics, split=split)
     return args, *loop.load_model(args)
 
 

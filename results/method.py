@@ -20,9 +20,9 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import mose as method  # noqa: E402
 import report  # noqa: E402
 import train_trace  # noqa: E402
+from benchmarks.routing import noted_gates  # noqa: E402
 from mose import MoSE  # noqa: E402
 
 
@@ -44,11 +44,8 @@ def owners(mose, layer=0):
 def gates(mose, tokenizer, task, prompt, layer=-1):
     """The tokens of a prompt and their gates (T, E) in one layer."""
     ids, _ = train_trace.encode(tokenizer, {"prompt": prompt, "answer": ""})
-    top_k_gates, seen = method.top_k_gates, []
-    method.top_k_gates = lambda *given: seen.append(top_k_gates(*given)) or seen[-1]
-    with mose.task(task):
+    with mose.task(task), noted_gates() as seen:
         mose.model(torch.tensor([ids]))
-    method.top_k_gates = top_k_gates
     return [tokenizer.decode(i).replace("\n", "\\n") for i in ids], seen[layer][0]
 
 

@@ -13,12 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import mose as module  # noqa: E402
 from mose import MoSE, MoSEConfig, SubExperts  # noqa: E402
-from test_mose import attach, data, learn, refuses, snapshot, step, tiny  # noqa: E402
-
-
-@pytest.fixture(params=[True, False], ids=["guarded", "control"])
-def guard(request):
-    return request.param
+from test_mose import attach, data, guard, learn, refuses, snapshot, step, tiny  # noqa: E402, F401
 
 
 # ------------------------------------------------------------------------------ casts and devices

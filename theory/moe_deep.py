@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import mose  # noqa: E402
 import train_trace  # noqa: E402
+from benchmarks.routing import noted_gates  # noqa: E402
 
 WAYS = {"never stops": ("moe_lora", 0), "stops after task 1": ("moe_lora", 1),
         "stops after task 4": ("moe_lora", 4), "a router per task (MoSEs)": ("mose", 0)}
@@ -44,10 +44,8 @@ def gates_of(model, tokenizer, adapter, task):
     """Gates of all layers for the tokens of 32 test prompts: (tokens, layers, E)."""
     prompts = [prompt for prompt, _ in task.test[:32]]
     ids, mask = train_trace.pad(prompts, tokenizer.pad_token_id)
-    top_k_gates, seen = mose.top_k_gates, []
-    mose.top_k_gates = lambda *given: seen.append(top_k_gates(*given)) or seen[-1]
-    model(input_ids=ids, attention_mask=mask)
-    mose.top_k_gates = top_k_gates
+    with noted_gates() as seen:
+        model(input_ids=ids, attention_mask=mask)
     return torch.stack(seen, dim=2)[mask.bool()]  # of (B, T, layers, E)
 
 
