@@ -70,7 +70,7 @@ class MoSEConfig:
         for name, value in list(vars(self).items())[1:]:  # all but targets: see find_targets
             # Where the default is a whole number, the value has to be one too.
             kind, high = type(getattr(MoSEConfig, name)), most.get(name, math.inf)
-            fits = isinstance(value, (int, kind)) and 0 < value <= high
+            fits = type(value) in (int, kind) and 0 < value <= high  # np.float64 can't be loaded
             expect(fits, f"{name}: got {value!r}, expected 0 < {kind.__name__} <= {high}")
 
 
@@ -161,7 +161,6 @@ class SubExperts(nn.Module):
         projection = (fixed_signs(inputs, config.router_dim) / math.sqrt(inputs)).to(zeros)
         self.register_buffer("projection", projection, persistent=False)
         self.tasks, self.num_new, self.now = {}, 0, {0: []}
-        self.activate([None])
         self.handles = [attention.register_forward_pre_hook(self.route, with_kwargs=True)]
         for i, layer in enumerate(targets.values()):
             self.handles += [layer.register_forward_hook(functools.partial(self.add_delta, i))]
@@ -217,8 +216,8 @@ class SubExperts(nn.Module):
 
     def protect(self):
         """Mark as used what the finished tasks read, and free all else."""
-        masks = [mask.to(self.used.device) for mask, _ in self.tasks.values()]
-        self.used.copy_(torch.stack([torch.zeros_like(self.used), *masks]).any(0))
+        # (A sum of bools is their union.)
+        self.used.copy_(sum((mask for mask, _ in self.tasks.values()), torch.tensor(False)))
         self.frozen.masked_fill_(~self.used, 0.0)
 
     # Autograd can't save what is made in inference mode for a backward pass through it later.
@@ -359,13 +358,12 @@ class MoSE:
         for attention, targets, inputs in self.attached:
             attention.sub_experts = SubExperts(attention, targets, inputs, self.config)
         self.layers = [attention.sub_experts for attention, _, _ in self.attached]
-        # state_dict() holds the open task too, but save_pretrained() is to write the base alone.
-        ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-        ours = (name for name in model.state_dict() if ".sub_experts." in name)
-        model._keys_to_ignore_on_save = {*ignored, *ours}
+        self.own = {name for name in model.state_dict() if ".sub_experts." in name}
+        self.set_task(None)
 
     def detach(self):
         """Take everything off: the base is what it was, bit for bit."""
+        expect(self.layers[0] in self.model.modules(), "this MoSE is detached already")
         for attention, _, _ in self.attached:
             for handle in attention.sub_experts.handles:
                 handle.remove()
@@ -456,6 +454,10 @@ class MoSE:
             with torch.autocast(layer.used.device.type, enabled=False):  # or to_gates would be bf16
                 layer.activate([None] if learning else names, learning)
         self.active = names if isinstance(task, list) else task
+        # save_pretrained() writes the base alone, and with it a task that is open: Trainer makes
+        # its checkpoints so.
+        ignored = {*(getattr(self.model, "_keys_to_ignore_on_save", None) or ())} - self.own
+        self.model._keys_to_ignore_on_save = ignored if self.open else ignored | self.own
 
     def task(self, task):
         """`with mose.task("FOMC"): ...`, then back to what was in force before."""

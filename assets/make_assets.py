@@ -695,6 +695,9 @@ def main():
         model = pretrain(args.seed, args.steps, tokenizer)
         model.save_pretrained(args.out / "tiny-llm")
         tokenizer.save_pretrained(args.out / "tiny-llm")
+        # transformers 5 has a new name for this class; 4 knows the old one alone, 5 both.
+        file = args.out / "tiny-llm/tokenizer_config.json"
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What matters and what does not: one change at a time, three seeds, scored on `eval` alone.
 
-    python benchmarks/ablation.py        # writes results/ablation.json and results/ablation.md
+    python -m benchmarks.ablation        # writes results/ablation.json and results/ablation.md
 
 Each row learns four tasks of trace-mini (synthetic) in a row with train_trace.py's own loop: those
 that one LoRA does not always solve, since the others tell no settings apart. Every task starts from
@@ -8,11 +8,9 @@ the bare base: transfer is off. Rows run side by side, one thread each.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -20,11 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import mose
+import train_trace
+from results.report import spread
+from trace.scores import mean
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import mose  # noqa: E402
-import train_trace  # noqa: E402
-from report import spread  # noqa: E402
 
 TASKS = "FOMC,MeetingBank,Py150,ScienceQA"
 begin, straight_through = mose.SubExperts.begin, mose.straight_through
@@ -98,28 +97,21 @@ def one(name, seed):
     torch.set_num_threads(1)
     train_trace.transformers.logging.set_verbosity_error()
     train_trace.transformers.utils.logging.disable_progress_bar()
-    sys.stderr = open(os.devnull, "w")  # a progress bar for each task of each row says nothing
     method, options, patch = ROWS[name]
     mose.SubExperts.begin, mose.straight_through = begin, straight_through
     train_trace.probe = lambda *given: 1.0  # every task starts from the base
     if patch:
         setattr(mose.SubExperts if patch[0] == "begin" else mose, *patch)
-    args = train_trace.Args(tasks=TASKS, seeds=str(seed), split="eval", device="cpu",
+    args = train_trace.Args(tasks=TASKS, seeds=str(seed), split="eval", test="ends", device="cpu",
                             **{**CENTRE, **options})
     model, tokenizer = train_trace.load_model(args)
     tasks = train_trace.load_tasks(args, tokenizer, model)
-    calls, early = itertools.count(), len(tasks) * (len(tasks) - 1) // 2
-    evaluate = train_trace.evaluate
-
-    def only_at_the_end(*given):  # the row of results after the last task is all that counts here
-        return evaluate(*given) if next(calls) >= early else ([0.0], [0.0], 0.0)
-
-    train_trace.evaluate = only_at_the_end
     with tempfile.TemporaryDirectory() as folder:
-        result = train_trace.run(method, model, tokenizer, tasks, args, Path(folder), [0.0] * 4)
-    train_trace.evaluate = evaluate
+        record = train_trace.begin(method, tasks, args, Path(folder))
+        train_trace.run(record, model, tokenizer, tasks, args, tqdm(disable=True))
+    result = record.result
     last = result["R"][-1]
-    return {"seed": seed, "op": sum(last) / len(last), "tasks": last, "used": result["used"][-1],
+    return {"seed": seed, "op": mean(last), "tasks": last, "used": result["used"][-1],
             "bytes": result["bytes"][-1]}
 
 
@@ -141,7 +133,7 @@ def main():
     lines = [
         "# One change at a time\n",
         *([f"{note}\n"] if note else []),
-        f"`python benchmarks/ablation.py`: {TASKS} of trace-mini (synthetic) in a row with "
+        f"`python -m benchmarks.ablation`: {TASKS} of trace-mini (synthetic) in a row with "
         f"tiny-llm, two CPU cores, seeds {args.seeds}, 50 `eval` examples a task; bytes: seed 0.\n",
         "Centre: " + ", ".join(f"{key} {value}" for key, value in CENTRE.items()) + ".\n",
         "| changed | OP, mean ± deviation | lowest task, mean | used share | bytes |",

@@ -1,7 +1,7 @@
 """Speed and memory against peft: LoRA of the same total rank, its mixed batches, and X-LoRA.
 
     pip install peft
-    python benchmarks/bench_peft.py        # the best device here; writes results/speed-DEVICE.md
+    python -m benchmarks.bench_peft        # the best device here; writes results/speed-DEVICE.md
 
 One process for each system, and they are measured in turns (A B B A ..), so that what else the
 machine does meets all of them alike. Each figure is a median after warm-up, and a ratio that of the
@@ -19,7 +19,6 @@ import multiprocessing
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,10 +27,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from mose import MoSE, MoSEConfig
+from results.report import aligned
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-from mose import MoSE, MoSEConfig  # noqa: E402
-from report import aligned  # noqa: E402
 
 SHAPES = {  # device: the base, its dtype, and a training batch (B, T)
     "cpu": (dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=6, vocab_size=8192,
@@ -313,7 +312,7 @@ def main():
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")}
     shape, dtype, batch = SHAPES[args.device]
     lines = [f"# Speed and memory against peft: {args.device}\n",
-             f"`python benchmarks/bench_peft.py --device {args.device} --launches {args.launches} "
+             f"`python -m benchmarks.bench_peft --device {args.device} --launches {args.launches} "
              f"--rounds {args.rounds}`: "
              f"{machine(args.device)}, seed 0, {versions}, medians of {args.launches} "
              f"launches x {args.rounds} rounds, in turns. Random Llama {shape}, {dtype}, "

@@ -1,7 +1,7 @@
 """Kill it, corrupt it, drive it in any order, and count what it survives.
 
     pip install hypothesis
-    python benchmarks/reliability.py           # writes results/reliability.md; ten minutes on a CPU
+    python -m benchmarks.reliability           # writes results/reliability.md; ten minutes on a CPU
 
 kills      a short run of train_trace.py is killed (SIGKILL) at random moments, every other one
            while a file is being written, and resumed each time: every file must be whole after each
@@ -20,7 +20,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,11 +29,11 @@ import hypothesis.stateful as stateful
 import torch
 import transformers
 
+import mose
+import train_trace
+from mose import MoSE, MoSEConfig
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import mose  # noqa: E402
-import train_trace  # noqa: E402
-from mose import MoSE, MoSEConfig  # noqa: E402
 
 SHORT = ["--tasks", "FOMC,NumGLUE-cm", "--max_train", "16", "--max_test", "4", "--epochs", "1",
          "--methods", "lora,task_lora,mose", "--device", "cpu"]
@@ -53,7 +52,7 @@ def run(folder, options):
         for stream in (1, 2):  # of the report, which is a process of its own, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         torch.set_num_threads(1)
-        train_trace.main(train_trace.parse([*SHORT, *options]))
+        train_trace.main(train_trace.parse(options))
         os._exit(0)
     os._exit(1)
 
@@ -74,7 +73,7 @@ def outcome(folder):
     """What a run ends with: scores and the bytes of its adapters."""
     results = {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")
                if file.name != "args.json"}
-    scores = {name: (r["R"], r["R_tail"], r["used"], r["before"]) for name, r in results.items()}
+    scores = {name: (r["R"], r["R_tail"], r["used"], r["samples"]) for name, r in results.items()}
     return scores, {file.name: file.read_bytes() for file in folder.glob("*.pt")}
 
 
@@ -84,14 +83,15 @@ def kills(count, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         start = time.time()
-        child = run(folder, ["--name", "alone"])
+        child = run(folder, [*SHORT, "--name", "alone"])
         assert os.waitpid(child, 0)[1] == 0
         length = time.time() - start
         while hits < count:
             name = f"killed-{hits}"
             while hits < count:
                 resume = (folder / "runs" / name / "args.json").exists()
-                child = run(folder, ["--resume", f"runs/{name}"] if resume else ["--name", name])
+                again, first = ["--resume", f"runs/{name}"], [*SHORT, "--name", name]
+                child = run(folder, again if resume else first)
                 until = time.time() + rng.uniform(0.1, length)
                 busy, seen = rng.random() < 0.5, False
                 while not ended(child):
@@ -237,12 +237,11 @@ def main():
     killed, writing = kills(args.kills)
     cut, flipped = damage(args.flips)
     explored, steps = sequences(args.sequences)
-    sys.path.insert(0, str(ROOT / "tests"))
-    import test_reliability
+    from tests import test_reliability
     inputs = len(test_reliability.MISTAKES) + len(test_reliability.ODD_INPUTS)
     text = "\n".join([
         "# What it survives\n",
-        "`python benchmarks/reliability.py` (CPU, seed 0); every line is checked, a single miss "
+        "`python -m benchmarks.reliability` (CPU, seed 0); every line is checked, a single miss "
         "stops the script. A short form of each stands in tests/test_reliability.py.\n",
         "| what | count | held |", "|---|---|---|",
         f"| kills (SIGKILL) of a short run, then `--resume`: files whole, result bit-identical | "

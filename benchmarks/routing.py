@@ -1,6 +1,6 @@
 """Does the router matter? The search behind the defaults, surgery on gates, and who takes what.
 
-    python benchmarks/routing.py     # results/routing.json, .md and .png; two hours on two cores
+    python -m benchmarks.routing     # results/routing.json, .md and .png; two hours on two cores
 
 Everything is synthetic (trace-mini, and Clash of transfer-mini) and learned by train_trace.py's own
 loop; every task starts from the bare base. Jobs run side by side, one thread each; what stands in
@@ -28,25 +28,26 @@ at scale 2 was added after the search too, since scale 4 was the best of the thr
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import mose
+import train_trace as loop
+from benchmarks.transfer import QUIET, setup
+from results.gates import last_gates
+from results.report import spread
+from trace.data import pad
+from trace.scores import mean
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import mose  # noqa: E402
-import train_trace as loop  # noqa: E402
-from benchmarks.transfer import setup  # noqa: E402
-from report import spread  # noqa: E402
 
 
 def options(experts, rank, top_k, std, scale):
@@ -114,7 +115,7 @@ def learned(what, name, args, model, tokenizer, tasks):
     for t, task in enumerate(tasks):
         torch.manual_seed(1000 * int(args.seeds) + t)
         adapter.begin_task(task.name)
-        loop.train(model, tokenizer, adapter.trainable_parameters(), task, args, "")
+        loop.train(model, tokenizer, adapter.trainable_parameters(), task, args, args.lr, QUIET)
         adapter.end_task()
     file.parent.mkdir(parents=True, exist_ok=True)
     adapter.save(file)
@@ -127,22 +128,12 @@ def learned(what, name, args, model, tokenizer, tasks):
 real_gates = mose.top_k_gates
 
 
-@contextlib.contextmanager
-def noted_gates():
-    """Within it, a list gets the gates (B, T, E) of each layer, in the order of the layers."""
-    gates = []
-    mose.top_k_gates = lambda *given: gates.append(real_gates(*given)) or gates[-1]
-    yield gates
-    mose.top_k_gates = real_gates
-
-
 @torch.no_grad()
-def mean_gates(model, tokenizer, task):
+def mean_gates(adapter, tokenizer, task):
     """The mean gates (E,) of each layer over all tokens of 64 training prompts of a task."""
-    ids, mask = next(loop.whole_prompts(task.train[:64], tokenizer, 64))
-    with noted_gates() as gates:
-        model(input_ids=ids, attention_mask=mask)
-    return [layer[mask.bool()].mean(0) for layer in gates]
+    ids, mask = pad(task.prompts[:64], tokenizer.pad_token_id)
+    adapter.model(input_ids=ids, attention_mask=mask)
+    return [gates[mask.bool()].mean(0) for gates in last_gates(adapter)]
 
 
 def operate(how, adapter, means, other):
@@ -178,11 +169,11 @@ def score(what, name, seed, split, surgery):
         for how in surgery:
             adapter.set_task(task.name)
             wanted = how == "mean over tokens"
-            means = mean_gates(model, tokenizer, task) if wanted else None
+            means = mean_gates(adapter, tokenizer, task) if wanted else None
             operate(how, adapter, means, other.name)
             values = loop.evaluate(model, tokenizer, None, task, args)[0]
             mose.top_k_gates = real_gates
-            result.setdefault(how, []).append(loop.mean(values))
+            result.setdefault(how, []).append(mean(values))
     return result
 
 
@@ -222,10 +213,10 @@ def paired(ours, theirs):
 
 def order(results):
     """Candidates by their mean on Clash, the best first."""
-    def mean(name):
+    def on_clash(name):
         return statistics.mean(means_of(results, "clash", name, "eval").values())
 
-    return sorted(CANDIDATES, key=mean, reverse=True)
+    return sorted(CANDIDATES, key=on_clash, reverse=True)
 
 
 def meets(results, name):
@@ -281,9 +272,10 @@ def shares(name, seed=20):
         half = "Vault" if row["prompt"].startswith("Vault") else "Shuffled"
         spans = PARTS.fullmatch(row["prompt"])
         coded = tokenizer(row["prompt"], return_offsets_mapping=True, add_special_tokens=False)
-        with torch.no_grad(), noted_gates() as gates:
+        with torch.no_grad():
             model(torch.tensor([[tokenizer.bos_token_id, *coded["input_ids"]]]))
-        best = torch.stack([layer[0, 1:].argmax(-1) for layer in gates])  # (layers, T)
+        gates = [layer[0, 1:] for layer in last_gates(adapter)]
+        best = torch.stack([layer.argmax(-1) for layer in gates])  # (layers, T)
         for t, (_, end) in enumerate(coded["offset_mapping"]):
             for part in PARTS.groupindex:
                 if spans.start(part) < end <= spans.end(part):
@@ -325,7 +317,7 @@ def report(results, default):
     """Markdown from the JSON alone."""
     lines = [
         "# Routing\n",
-        "`OMP_NUM_THREADS=1 python benchmarks/routing.py`: tiny-llm, synthetic tasks, two CPU "
+        "`OMP_NUM_THREADS=1 python -m benchmarks.routing`: tiny-llm, synthetic tasks, two CPU "
         f"cores; Clash: seeds {min(CLASH_SEEDS)}-{max(CLASH_SEEDS)}, OP on trace-mini: seeds "
         f"{min(STREAM_SEEDS)}-{max(STREAM_SEEDS)} (on `test` {min(TEST_SEEDS)}-{max(TEST_SEEDS)}). "
         "Mean ± deviation over seeds; differences are paired by seed, ± their standard error. The "

@@ -11,8 +11,8 @@ of trace-mini has one epoch here, 25 steps, in place of four.
 Rule of the search, written before it ran: seed 0, the tasks of SEARCH in a row, one epoch each, all
 scored on `eval` at the end. LoRA's rate is the one with the largest OP of task_lora among 3e-4,
 1e-3 and 3e-3, and the same for all LoRAs; that of MoSEs is the one with the largest OP of mose
-among 1e-3, 3e-3 and 1e-2. Then, at that rate, MoSEs with scale 4 and 16, and density 0.1, on the same
-four tasks: reported, and not taken, since the defaults are those of results/routing.md.
+among 1e-3, 3e-3 and 1e-2. Then, at that rate, MoSEs with scale 4 and 16, and density 0.1, on the
+same four tasks: reported, and not taken, since the defaults are those of results/routing.md.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
 SEARCH = "C-STANCE,FOMC,ScienceQA,NumGLUE-ds"
 RATES = {"task_lora": ("3e-4", "1e-3", "3e-3"), "mose": ("1e-3", "3e-3", "1e-2")}
 MINI = ("lora", "replay", "joint", "task_lora", "mose")

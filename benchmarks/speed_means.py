@@ -1,7 +1,7 @@
 """What each means of mose.py's speed gives: as it is and changed, in turns (A B A B ..).
 
     pip install peft
-    python benchmarks/speed_means.py       # the best device here; writes results/speed-means-DEVICE
+    python -m benchmarks.speed_means       # the best device here; writes results/speed-means-DEVICE
 
 Everything is one process on the base of bench_peft.py. Ratio: a step with the change to a step of
 mose.py as it is. The predictions were written down before anything was measured.
@@ -12,15 +12,14 @@ import contextlib
 import functools
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.bench_peft import System, machine, markdown
+from mose import SubExperts, this_thread
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from benchmarks.bench_peft import System, machine, markdown  # noqa: E402
-from mose import SubExperts, this_thread  # noqa: E402
 
 real = {name: getattr(SubExperts, name) for name in ("route", "add_delta", "select")}
 now = dict(real)  # what runs; hooks are bound when they are attached, so they come through here
@@ -134,7 +133,7 @@ def main():
         print(f"{name:42} {what:11} predicted {predicted:.2f}  measured {gave:.3f}", flush=True)
     head = ("change", "step", "predicted ratio", "measured", "why it was predicted")
     text = [f"# What each means of speed gives, {args.device}\n",
-            f"`python benchmarks/speed_means.py --device {args.device}`: "
+            f"`python -m benchmarks.speed_means --device {args.device}`: "
             f"{machine(args.device)}, torch {torch.__version__}, seed 0, medians of "
             f"{args.rounds} ratios in turns; base and sizes as in speed-{args.device}.md.\n",
             *markdown([head, *table])]

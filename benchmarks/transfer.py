@@ -1,6 +1,6 @@
 """Does a new task learn from old ones? Related, repeated and unrelated tasks, and long streams.
 
-    python benchmarks/transfer.py        # results/transfer.json, .md and .png; an hour on two cores
+    python -m benchmarks.transfer        # results/transfer.json, .md and .png; an hour on two cores
 
 Everything is synthetic (assets/trace-mini, assets/transfer-mini) and runs through train_trace.py's
 own training and scoring. Jobs run side by side, one thread each, and a job whose result stands in
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -20,11 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import mose
+import train_trace as loop
+from results.report import spread
+from trace.data import encode, pad
+from trace.scores import TASKS, mean
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import mose  # noqa: E402
-import train_trace as loop  # noqa: E402
-from report import spread  # noqa: E402
 
 EARLY = ("Vault", "FOMC", "NumGLUE-ds", "MeetingBank")
 # Later task: the earlier one whose LoRA the continued LoRA starts from.
@@ -34,6 +35,7 @@ SIZES, SEEDS, STEPS = (20, 50, 100, 400), range(5), 100
 
 
 # What a task starts from: "ours" as begin_task chooses, or always the bare base.
+QUIET = tqdm(disable=True)
 METHODS = {"ours": loop.probe, "reuse off": lambda *given: 1.0}
 
 
@@ -45,7 +47,6 @@ def setup(seed, split="test"):
     loop.transformers.logging.set_verbosity_error()
     loop.transformers.logging.disable_progress_bar()
     loop.datasets.disable_progress_bars()
-    loop.progress.keywords["disable"] = True
     metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy,Clash=accuracy"
     args = loop.Args(seeds=str(seed), device="cpu", metric=metrics, split=split)
     return args, *loop.load_model(args)
@@ -53,7 +54,7 @@ def setup(seed, split="test"):
 
 def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
     """A task with its first `size` training examples and about as many steps for every size."""
-    folder = "trace-mini" if name in loop.TASKS else "transfer-mini"
+    folder = "trace-mini" if name in TASKS else "transfer-mini"
     args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder))
     task, = loop.load_tasks(args, tokenizer, model)
     epochs = round(steps * (3 if name == "Vault" and size == 400 else 1) / -(-size // args.batch))
@@ -63,14 +64,14 @@ def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
 def learn(adapter, base, task, args):
     """One task; {"score", "new", "source"}."""
     torch.manual_seed(1000 * int(args.seeds) + 7)
-    notes = loop.learn(adapter, *base, task, args, "")
+    notes = loop.learn(adapter, *base, task, args, QUIET)
     return {"score": score(adapter, base, task, args), "new": notes["new"],
             "source": notes["source"]}
 
 
 def score(adapter, base, task, args):
     adapter.set_task(task.name)
-    return loop.mean(loop.evaluate(*base, None, task, args)[0])
+    return mean(loop.evaluate(*base, None, task, args)[0])
 
 
 def related(seed):
@@ -116,7 +117,7 @@ def related(seed):
 @torch.no_grad()
 def snapshot(adapter, base, task, name):
     """Logits of some prompts under a finished task."""
-    ids, mask = loop.pad([prompt for prompt, _ in task.test[:8]], base[1].pad_token_id)
+    ids, mask = pad(task.test[:8], base[1].pad_token_id)
     with adapter.task(name):
         return base[0](input_ids=ids, attention_mask=mask).logits
 
@@ -139,14 +140,15 @@ def stream(seed, method, count):
     args, *base = setup(seed)
     loop.probe = METHODS.get(method, loop.probe)
     tasks = []
-    for name in loop.TASKS:
+    for name in TASKS:
         task = load(args, *base, name)
         for called, texts in variants(task, count):
-            ids = [[loop.encode(base[1], row) for row in rows] for rows in texts]
+            train, test = ([encode(base[1], row) for row in rows] for rows in texts)
             tasks.append(dataclasses.replace(
-                task, name=called, train=ids[0], test=ids[1], texts=texts,
-                max_new=max(len(answer) for _, answer in ids[0])))
-    tasks = [tasks[i * count + v] for v in range(count) for i in range(len(loop.TASKS))]
+                task, name=called, texts=texts, prompts=[prompt for prompt, _ in train],
+                train=[(p + a, [-100] * len(p) + a) for p, a in train],
+                test=[prompt for prompt, _ in test], max_new=max(len(a) for _, a in train)))
+    tasks = [tasks[i * count + v] for v in range(count) for i in range(len(TASKS))]
     notes, files = [], []
     with tempfile.TemporaryDirectory() as folder:
         adapter = None
@@ -154,7 +156,7 @@ def stream(seed, method, count):
             if method == "task_lora" or not adapter:
                 adapter = loop.attach(base[0], method if method == "task_lora" else "mose", args)
             torch.manual_seed(1000 * seed + t)
-            notes.append(loop.learn(adapter, *base, task, args, ""))
+            notes.append(loop.learn(adapter, *base, task, args, QUIET))
             if method == "task_lora":
                 notes[-1]["score"] = score(adapter, base, task, args)
             adapter.save(f"{folder}/m.pt")
@@ -182,7 +184,7 @@ def report(results):
 
     note = [f"{results['note']}\n"] if "note" in results else []
     lines = ["# Transfer\n", *note,
-             "`python benchmarks/transfer.py`: tiny-llm, two CPU cores, synthetic "
+             "`python -m benchmarks.transfer`: tiny-llm, two CPU cores, synthetic "
              f"tasks, {STEPS} steps of 16 examples for every size, mean ± deviation over seeds "
              f"{min(SEEDS)}-{max(SEEDS)}; scores 0-100. Earlier tasks, in this order: "
              f"{', '.join(EARLY)}.\n",

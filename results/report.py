@@ -1,18 +1,21 @@
 """Tables and figures from the result files of train_trace.py alone.
 
-    python results/report.py runs/A            # one run: into its folder
-    python results/report.py runs/A runs/B     # the same with other seeds: mean and deviation
-    python results/report.py runs/A runs/B --out results/name      # results/name-table.md, ..
+    python -m results.report runs/A            # one run: into its folder
+    python -m results.report runs/A runs/B     # the same with other seeds: mean and deviation
+    python -m results.report runs/A runs/B --out results/name      # results/name-table.md, ..
 
 Makes table.md; matrices.png, the score on every task after every task, with the task known (TIL)
-and inferred (TaIL); growth.png, average score, used capacity and bytes. With --out also name.json,
-all results in one file, which can stand in for the folders.
+and inferred (TaIL); growth.png, average score, used capacity and bytes; page.html, to look inside
+(results/page.py). With --out no page, but name.json: all results in one file, which can stand in
+for the folders; without texts of the data.
 """
 
 import argparse
 import json
 import statistics
 from pathlib import Path
+
+from results.page import write_page
 
 try:
     import matplotlib
@@ -22,10 +25,11 @@ except ImportError:  # then there are tables, and no figures
     plt = None
 
 # Told apart without colour: each method has a line style and a marker of its own.
-STYLES = {"lora": ("#999999", ":", "v"), "task_lora": ("#0072b2", "--", "s"),
+STYLES = {"floor": ("#bbbbbb", ":", "x"), "base": ("#777777", ":", "+"),
+          "lora": ("#999999", ":", "v"), "replay": ("#e69f00", ":", "<"),
+          "joint": ("#009e73", "--", "*"), "task_lora": ("#0072b2", "--", "s"),
           "moe_lora": ("#cc79a7", "-.", "^"), "mose": ("#000000", "-", "o"),
-          "mose_fixed": ("#d55e00", "-", "D"),
-          "floor": ("#bbbbbb", ":", "x"), "base": ("#777777", ":", "+")}
+          "mose_fixed": ("#d55e00", "-", "D")}
 
 
 def load(places):
@@ -41,6 +45,8 @@ def load(places):
         for result in found:
             right = result["task_id_accuracy"]
             result["task_id"] = statistics.mean(right) if right else None
+            result["tokens_a_second"] = result["tokens"] / max(result["seconds_training"], 1e-9)
+            result["adapter_bytes"] = result["bytes"][-1] if result["bytes"] else 0
             results.setdefault(result["method"], []).append(result)
     return {method: results[method] for method in STYLES if method in results}
 
@@ -53,21 +59,19 @@ def spread(values, digits=1):
     return text + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
+# Column of a table: key of a result, and digits.
+COLUMNS = {"OP": ("op", 1), "s.e.": ("op_error", 1), "learned": ("learned", 1), "BWT": ("bwt", 1),
+           "TaIL": ("op_tail", 1), "task id": ("task_id", 1),
+           "BWT as TreeLoRA": ("bwt_treelora", 1), "forgetting": ("forgetting", 1),
+           "FWT": ("fwt", 1), "parameters": ("parameters", 0), "bytes": ("adapter_bytes", 0),
+           "train, s": ("seconds_training", 0), "test, s": ("seconds_testing", 0)}
+
+
 def table(results):
     """The comparison as a Markdown table, one method a line; deviations are over seeds."""
-    names = ("OP", "s.e.", "OP TaIL", "task id, %", "learned", "BWT", "BWT as TreeLoRA",
-             "forgetting", "FWT", "epochs", "parameters", "bytes", "seconds")
-    keys = ("op", "op_error", "op_tail", "task_id", "learned", "bwt", "bwt_treelora", "forgetting",
-            "fwt")
-    lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    zero = [statistics.mean(r["zero_shot"]) for r in next(iter(results.values()))]
-    lines.append(f"| zero-shot | {spread(zero)} |" + " |" * (len(names) - 1))
+    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, runs in results.items():
-        epochs = sorted({*runs[0]["epochs"]})
-        cells = [spread([r[key] for r in runs]) for key in keys]
-        cells += ["-".join(map(str, {epochs[0], epochs[-1]})) if epochs else ""]
-        cells += [f"{runs[0]['parameters']:,}", f"{runs[0]['bytes'][-1]:,}" if epochs else ""]
-        cells.append(spread([r["seconds"] for r in runs], 0))
+        cells = [spread([r[key] for r in runs], digits) for key, digits in COLUMNS.values()]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -80,24 +84,23 @@ def aligned(rows):
 
 
 def text(results):
-    """The same in short, for a terminal of 100 columns; mean over seeds, scores 0-100."""
-    columns = ("OP", "s.e.", "learned", "BWT", "FWT", "OP TaIL", "task id", "parameters", "bytes",
-               "seconds")
-    runs = next(iter(results.values()))
-    zero = statistics.mean(statistics.mean(r["zero_shot"]) for r in runs)
-    rows = [("", *columns), ("zero-shot", f"{zero:.1f}", *[""] * (len(columns) - 1))]
+    """The same in short, for a terminal of 100 columns: mean over seeds, scores 0-100."""
+    columns = [name for name in COLUMNS if name not in ("BWT as TreeLoRA", "forgetting")]
+    rows = [("", *columns)]
     for method, runs in results.items():
-        keys = ("op", "op_error", "learned", "bwt", "fwt", "op_tail", "task_id")
-        values = [[r[key] for r in runs] for key in keys]
-        cells = ["" if None in v else f"{statistics.mean(v):.1f}" for v in values]
-        size = f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else "0"
-        seconds = statistics.mean(r["seconds"] for r in runs)
-        rows.append((method, *cells, f"{runs[0]['parameters']:,}", size, f"{seconds:.0f}"))
-    lines = aligned(rows)
-    padding = [share for runs in results.values() for r in runs for share in r["padding"]]
-    if padding:
-        lines.append(f"padding: {statistics.mean(padding):.1%} of the training tokens")
-    return "\n".join(lines)
+        values = [([r[key] for r in runs], digits) for key, digits in map(COLUMNS.get, columns)]
+        rows.append((method, *("" if None in v else f"{statistics.mean(v):,.{digits}f}"
+                               for v, digits in values)))
+    return "\n".join(aligned(rows))
+
+
+def lines(results):
+    """The same for programs: `method.key: value`."""
+    keys = ("op", "bwt", "learned", "op_tail", "adapter_bytes", "seconds_training",
+            "seconds_testing", "tokens_a_second", "peak_memory_bytes")
+    return "\n".join(f"{method}.{key}: {statistics.mean(r[key] for r in runs):.6g}"
+                     for method, runs in results.items() for key in keys
+                     if None not in [r[key] for r in runs])
 
 
 def mean_matrix(matrices):
@@ -139,7 +142,7 @@ def draw_matrix(axis, matrix, tasks, title, size=8):
 def draw_matrices(results, file):
     """Rows: after which task; columns: which task is tested; cells: the score, 0-100."""
     panels = [(f"{method}, task known", mean_matrix([r["R"] for r in runs]))
-              for method, runs in results.items() if method not in ("floor", "base")]
+              for method, runs in results.items()]
     panels += [(f"{method}, task inferred", mean_matrix([r["R_tail"] for r in runs]))
                for method, runs in results.items() if runs[0]["R_tail"]]
     tasks = next(iter(results.values()))[0]["tasks"]
@@ -158,22 +161,24 @@ def draw_matrices(results, file):
     plt.close(figure)
 
 
+def averages(matrices):
+    """The mean score of all tasks so far, after each task; None where some were not tested."""
+    seen = [row[:t + 1] for t, row in enumerate(mean_matrix(matrices))]
+    return [None if None in row else statistics.mean(row) for row in seen]
+
+
 def draw_growth(results, file):
     """Average score over seen tasks, share of the pool in use and bytes, after each task."""
-    results = {method: runs for method, runs in results.items() if method not in ("floor", "base")}
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     tasks = next(iter(results.values()))[0]["tasks"]
     x = range(1, len(tasks) + 1)
     for method, runs in results.items():
         color, line, marker = STYLES[method]
         look = {"color": color, "linestyle": line, "marker": marker, "label": method}
-        matrix = mean_matrix([r["R"] for r in runs])
-        axes[0].plot(x, [statistics.mean(row[:t + 1]) for t, row in enumerate(matrix)], **look)
+        axes[0].plot(x, averages([r["R"] for r in runs]), **look)
         if runs[0]["R_tail"]:
-            matrix = mean_matrix([r["R_tail"] for r in runs])
-            tail = [statistics.mean(row[:t + 1]) for t, row in enumerate(matrix)]
-            axes[0].plot(x, tail, color=color, linestyle=(0, (1, 3)), marker="D", fillstyle="none",
-                         label=f"{method}, task inferred")
+            axes[0].plot(x, averages([r["R_tail"] for r in runs]), color=color, marker="D",
+                         linestyle=(0, (1, 3)), fillstyle="none", label=f"{method}, task inferred")
             used = [100 * statistics.mean(step) for step in zip(*(r["used"] for r in runs))]
             axes[1].plot(x, used, **look)
             if method == "mose":
@@ -194,6 +199,13 @@ def draw_growth(results, file):
     plt.close(figure)
 
 
+def public(result):
+    """Without texts of the data, which have licences of their own, and without anyone's folders."""
+    kept = {key: value for key, value in result.items() if key not in ("samples", "asked")}
+    places = {key: Path(result["args"][key]).name for key in ("model", "data")}
+    return kept | {"args": result["args"] | places}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("places", nargs="+", metavar="runs/NAME", help="or a file made by --out")
@@ -206,13 +218,18 @@ def main():
     start = f"{args.out}-" if args.out else f"{args.places[0]}/"
     page = f"{title_of(results)}\n\n{table(results)}\n"
     Path(f"{start}table.md").write_text(page, encoding="utf-8")
-    if plt and {*results} - {"floor", "base"}:
-        draw_matrices(results, f"{start}matrices.png")
-        draw_growth(results, f"{start}growth.png")
+    in_a_row = {method: runs for method, runs in results.items() if len(runs[0]["R"]) > 1}
+    if plt and in_a_row:
+        draw_matrices(in_a_row, f"{start}matrices.png")
+        draw_growth(in_a_row, f"{start}growth.png")
     if args.out:
-        every = [result for runs in results.values() for result in runs]
+        every = [public(result) for runs in results.values() for result in runs]
         Path(f"{args.out}.json").write_text(json.dumps(every) + "\n")
-    print(f"{text(results)}\nresults: {start}table.md" + (", .png" if plt else ""))
+    else:
+        for place in args.places:
+            write_page(place)
+    print(f"{text(results)}\n\n{lines(results)}\n\nresults: {start}table.md"
+          + (", page.html" if not args.out else "") + (", .png" if plt else ""))
 
 
 if __name__ == "__main__":

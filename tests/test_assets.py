@@ -5,14 +5,13 @@ import collections
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from assets import make_assets
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "assets"))
-import make_assets  # noqa: E402
 
 
 EVERY = [*make_assets.TASKS, *make_assets.TRANSFER, *make_assets.MIXED]

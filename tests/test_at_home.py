@@ -3,18 +3,14 @@
 import copy
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import mose as module  # noqa: E402
-from mose import MoSE, MoSEConfig, SubExperts  # noqa: E402
-from test_mose import attach, data, guard, learn, refuses, snapshot, step, tiny  # noqa: E402, F401
-
+import mose as module
+from mose import MoSE, MoSEConfig, SubExperts
+from test_mose import attach, data, guard, learn, refuses, snapshot, step, tiny  # noqa: F401
 
 # ------------------------------------------------------------------------------ casts and devices
 

@@ -5,20 +5,18 @@ import doctest
 import json
 import re
 import shlex
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import mose  # noqa: E402
-import train_trace  # noqa: E402
-from benchmarks import routing  # noqa: E402
+import mose
+import train_trace
+from benchmarks import routing
+from results import report
 
-import report  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)

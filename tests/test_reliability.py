@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import mose as module  # noqa: E402
-import train_trace  # noqa: E402
-from mose import MoSE, MoSEConfig, SubExperts, top_k_mask  # noqa: E402
-from train_trace import Args  # noqa: E402
+import mose as module
+import train_trace
+from mose import MoSE, MoSEConfig, SubExperts, top_k_mask
+from trace import runs
+from trace.data import encode
+from train_trace import Args
 
-reliability = pytest.importorskip("reliability")  # it needs hypothesis
+reliability = pytest.importorskip("benchmarks.reliability")  # it needs hypothesis
 learn, tiny = reliability.learn, reliability.tiny
 IDS = torch.arange(24).view(3, 8)
 
@@ -53,18 +54,19 @@ def test_resume_after_every_task_gives_the_same_as_never_stopping(tmp_path, monk
     """Off: the order of the data is another after the start, and the check sees it."""
     monkeypatch.chdir(tmp_path)
     train_trace.main(dataclasses.replace(SHORT, name="alone"))
-    write, batches, stops = train_trace.write, train_trace.batches, []
+    write, batches, stops = runs.write, train_trace.batches, []
 
     def stop_after(file, value):
         write(file, value)
         if "progress" in file.name:
             stops.append(file.name)
+            gc.collect()  # closes the lock, as the system does for a process that died
             raise InterruptedError
 
     def other(*given):
         return [*batches(*given)][::-1]
 
-    monkeypatch.setattr(train_trace, "write", stop_after)
+    monkeypatch.setattr(runs, "write", stop_after)
     args = dataclasses.replace(SHORT, name="stopped")
     while True:
         try:
@@ -85,19 +87,46 @@ def guard(request):
     return request.param
 
 
-def test_resume_names_what_differs_and_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
+def test_resume_goes_alone_and_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_trace.main(dataclasses.replace(SHORT, name="a", methods="lora"))
     before = reliability.outcome(tmp_path / "runs/a")
-    for argv, message in ((["--resume", "runs/a", "--lr", "1"], "--lr 1.0 (was 0.01)"),
-                          (["--resume", "runs/a", "--tasks", "FOMC"], "--tasks FOMC (was FOMC,Num"),
+    for argv, message in ((["--resume", "runs/a", "--lr", "1"], "--resume goes alone"),
+                          (["--resume", "runs/a", "--tasks", "FOMC"], "--resume goes alone"),
                           (["--resume", "runs/none"], "there is no runs/none/args.json")):
         with pytest.raises(SystemExit):
             train_trace.parse(argv)
         assert message in capsys.readouterr().err
     monkeypatch.setattr(train_trace, "load_model", None)  # not even the model is loaded
-    train_trace.main(train_trace.parse(["--resume", "runs/a", "--lr", "0.01"]))
+    train_trace.main(train_trace.parse(["--resume", "runs/a"]))
     assert reliability.outcome(tmp_path / "runs/a") == before
+
+
+def test_resume_goes_on_in_the_folder_that_is_named(tmp_path, monkeypatch):
+    """Moved, renamed, and called from another folder; data and model were given as relative."""
+    data = Path(train_trace.Args.data).parent
+    monkeypatch.chdir(data)
+    args = train_trace.parse(["--model", "tiny-llm", "--data", "trace-mini", "--name", "r"])
+    monkeypatch.chdir(tmp_path)
+    args = dataclasses.replace(SHORT, name="r", methods="lora", data=args.data, model=args.model)
+    train_trace.main(dataclasses.replace(args, name="alone"))
+    learn, learned = train_trace.learn, []
+
+    def second_fails(*given):
+        learned.append(given[3].name)
+        return learn(*given) if len(learned) != 2 else 1 / 0
+
+    monkeypatch.setattr(train_trace, "learn", second_fails)
+    with pytest.raises(ZeroDivisionError):
+        train_trace.main(args)
+    gc.collect()  # closes the lock, as the system does for a process that died
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs/r").rename(tmp_path / "kept")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_trace.main(train_trace.parse(["--resume", "../kept"]))
+    assert not (tmp_path / "elsewhere/runs").exists() and not (tmp_path / "runs/r").exists()
+    assert learned[2:] == ["NumGLUE-cm"], "the first task was not learned again"
+    assert reliability.outcome(tmp_path / "kept") == reliability.outcome(tmp_path / "runs/alone")
 
 
 def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
@@ -106,20 +135,20 @@ def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
     other = open(tmp_path / "runs/a/lock", "w")
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match="runs/a is in use by another run: choose another --name"):
-        train_trace.claim(Args(name="a"))
+        runs.claim(Path("runs/a"), {})
     other.close()  # as the system does for a process that died
-    folder, lock = train_trace.claim(Args(name="a"))
-    assert (folder / "args.json").exists()
+    runs.claim(Path("runs/a"), {}).close()
+    assert Path("runs/a/args.json").exists()
 
 
 def test_a_full_disk_is_noticed_before_training_and_a_failed_save_harms_nothing(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = type(train_trace.shutil.disk_usage("."))(1, 1, 2**20)
+    few = type(runs.shutil.disk_usage("."))(1, 1, 2**20)
     with monkeypatch.context() as patch:
-        patch.setattr(train_trace.shutil, "disk_usage", lambda _: few)
+        patch.setattr(runs.shutil, "disk_usage", lambda _: few)
         with pytest.raises(ValueError, match="less than 256 MB are free"):
-            train_trace.claim(Args(name="a"))
+            runs.claim(Path("runs/a"), {})
     mose = ready("a")
     mose.save("m")
     before = Path("m").read_bytes()
@@ -359,10 +388,9 @@ def tied(base, tmp_path, capsys):
 
 def million_characters(base, tmp_path, capsys):
     task, = from_text(rows(("word " * 200_000, "a"), ("q", "a")), base, tmp_path)
-    args = Args(device="cpu", batch=2)
-    for prompt, labels in train_trace.examples(task, args, base[1]):
-        assert len(prompt) <= task.limit + task.max_new
-    assert len(train_trace.generate(*base, task, [0, 1], 2)) == 2
+    for ids, _ in task.train:
+        assert len(ids) <= task.limit + task.max_new
+    assert len(train_trace.generate(*base, task, [0, 1], Args(device="cpu"))) == 2
 
 
 def rows_of_train_in_test(base, tmp_path, capsys):
@@ -371,8 +399,8 @@ def rows_of_train_in_test(base, tmp_path, capsys):
 
 
 def no_bos(base, tmp_path, capsys):
-    prompt, answer = train_trace.encode(without(base, "bos_token"), {"prompt": "p", "answer": "a"})
-    assert prompt == train_trace.encode(base[1], {"prompt": "p", "answer": "a"})[0][1:]
+    prompt, answer = encode(without(base, "bos_token"), {"prompt": "p", "answer": "a"})
+    assert prompt == encode(base[1], {"prompt": "p", "answer": "a"})[0][1:]
 
 
 def saved_base(base, tmp_path, token):
@@ -397,7 +425,8 @@ def no_eos(base, tmp_path, capsys):
 def one_example(base, tmp_path, capsys):
     task, = from_text(rows(("p", "a")), base, tmp_path)
     adapter = train_trace.attach(base[0], "mose", Args())
-    assert train_trace.learn(adapter, *base, task, Args(epochs="1"), "")["new"] > 0
+    bar = tqdm(disable=True)
+    assert train_trace.learn(adapter, *base, task, Args(epochs="1"), bar)["new"] > 0
     adapter.detach()
 
 
@@ -405,7 +434,8 @@ def any_script(base, tmp_path, capsys):
     words = ("立场", "für Straße", "def f():\n\t", "\u202eabc", "🙂" * 50)
     texts = [(f"{word} ?", word) for word in words]
     task, = from_text(rows(*texts), base, tmp_path)
-    assert [base[1].decode(a[:-1]) for _, a in task.train] == [a for _, a in texts]
+    answers = [[label for label in labels if label != -100] for _, labels in task.train]
+    assert [base[1].decode(a[:-1]) for a in answers] == [a for _, a in texts]
 
 
 def two_devices(base, tmp_path, capsys):

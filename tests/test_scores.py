@@ -1,14 +1,10 @@
 """Every TRACE metric against known answers, and against the packages where they are installed."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_trace  # noqa: E402
-from benchmarks.trace_scores import score  # noqa: E402
+from trace.scores import TASKS, backward_transfer, bootstrap, score, summarize
 
 ODD = ["", ".", "...", " ", "\n", "a", "a.", ".a", "a b. c d", "c d. a b", "A b", "a  b\tc", "für."]
 
@@ -66,7 +62,7 @@ def test_sari_of_the_known_answer():
     assert value == pytest.approx(26.953601953601954, abs=1e-12)
 
 
-@pytest.mark.parametrize("task", train_trace.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_no_odd_text_crashes_a_score(task):
     for prediction in ODD:
         for gold in ODD[5:]:
@@ -80,6 +76,28 @@ def test_another_metric_can_be_named():
 
 
 def test_backward_transfer_is_signed_over_all_tasks_but_the_last():
-    assert train_trace.backward_transfer([[50.0, None, None], [40.0, 60.0, None], [20.0, 70.0, 9.0]]
-                                         ) == (20.0 - 50.0 + 70.0 - 60.0) / 2
-    assert train_trace.backward_transfer([[50.0]]) == 0.0
+    R = [[50.0, None, None], [40.0, 60.0, None], [20.0, 70.0, 9.0]]
+    assert backward_transfer(R) == (20.0 - 50.0 + 70.0 - 60.0) / 2
+    assert backward_transfer([[50.0]]) == 0.0
+
+
+def test_summaries_of_a_small_matrix():
+    R = [[50.0, 12.0, None], [80.0, 60.0, 23.0], [20.0, 70.0, 90.0]]
+    got = summarize(R, zero_shot=[1.0, 2.0, 3.0])
+    assert got == {"op": 60.0, "learned": (50 + 60 + 90) / 3, "bwt": (-30 + 10) / 2, "fwt": 15.0,
+                   "bwt_treelora": 30 / 3, "forgetting": (60 + 0) / 2}
+
+
+def test_what_was_not_tested_is_not_summed_up():
+    ends = [[50.0, None, None], [None, 60.0, None], [20.0, 70.0, 90.0]]
+    got = summarize(ends)
+    assert (got["op"], got["bwt"], got["bwt_treelora"]) == (60.0, -10.0, 10.0)
+    assert got["forgetting"] is got["fwt"] is None
+    at_once = summarize([[20.0, 70.0, 90.0]])
+    assert at_once["op"] == 60.0 and at_once["learned"] is at_once["bwt"] is None
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    rows = [[0.0, 100.0] * 50, [100.0] * 100]
+    assert bootstrap(rows) == pytest.approx(50 / 100**0.5 / 2, rel=0.1)
+    assert bootstrap([[7.0] * 9]) == 0.0

@@ -1,14 +1,10 @@
 """What makes it fast stays so: one graph, no synchronisation with the host, nothing recompiled."""
 
-import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import mose as module  # noqa: E402
-from test_mose import attach, data, learn, snapshot  # noqa: E402
+import mose as module
+from test_mose import attach, data, learn, snapshot
 
 graphs = torch._dynamo.utils.counters["stats"]
 

@@ -5,7 +5,6 @@ Every claim has a control: the same check with the ingredient taken away, which 
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from theory import moe_theory as theory
+from theory.moe_theory import Params
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "theory"))
-import moe_theory as theory  # noqa: E402
-from moe_theory import Params  # noqa: E402
 
 
 def errors_off(difference):

@@ -5,18 +5,20 @@ import functools
 import http.server
 import json
 import random
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_trace  # noqa: E402
-from train_trace import Args  # noqa: E402
+import train_trace
+from trace.data import batches, cut, encode, pad, passes, read
+from trace.runs import claim
+from trace.scores import TASKS, floor
+from train_trace import Args
 
+QUIET = tqdm(disable=True)
 SHORT = {"tasks": "FOMC,NumGLUE-cm", "max_train": 48, "max_test": 8, "epochs": "2"}
 
 
@@ -44,20 +46,20 @@ def test_every_example_ends_in_eos_and_its_labels_are_the_answer(base):
     model, tokenizer = base
     rows = [{"prompt": p, "answer": a} for p in ("Stance:", " x", "é\n漢字", "a" * 500)
             for a in ("C", " C", "\n", "漢")]
-    for task in train_trace.TASKS:
+    for task in TASKS:
         for split in ("train", "eval", "test"):
-            rows += [*train_trace.read(Args.data, task, split)]
+            rows += [*read(Args.data, task, split)]
     for row in rows:
-        prompt, answer = train_trace.encode(tokenizer, row)
+        prompt, answer = encode(tokenizer, row)
         assert prompt[0] == tokenizer.bos_token_id and answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(prompt[1:]) == row["prompt"]
         assert tokenizer.decode(answer[:-1]) == row["answer"]
 
 
 def test_a_long_prompt_keeps_bos_and_its_end():
-    assert train_trace.cut([1, 5, 6, 7, 8], 3, bos=1) == [1, 7, 8]
-    assert train_trace.cut([5, 6, 7, 8], 3, bos=None) == [6, 7, 8]
-    assert train_trace.cut([1, 5], 2, bos=1) == [1, 5]
+    assert cut([1, 5, 6, 7, 8], 3, bos=1) == [1, 7, 8]
+    assert cut([5, 6, 7, 8], 3, bos=None) == [6, 7, 8]
+    assert cut([1, 5], 2, bos=1) == [1, 5]
 
 
 def test_generation_never_sees_the_answer(base):
@@ -68,10 +70,9 @@ def test_generation_never_sees_the_answer(base):
     seen = []
     handle = model.get_input_embeddings().register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].clone()))
-    train_trace.generate(model, tokenizer, task, range(8), 8)
+    train_trace.generate(model, tokenizer, task, range(8), args)
     handle.remove()
-    expected, _ = train_trace.pad(sorted((p for p, _ in task.test), key=len),
-                                  tokenizer.pad_token_id, "left")
+    expected, _ = pad(sorted(task.test, key=len), tokenizer.pad_token_id, "left")
     assert torch.equal(seen[0], expected)
 
 
@@ -79,31 +80,55 @@ def test_batched_generation_equals_one_by_one(base):
     model, tokenizer = base
     tasks = train_trace.load_tasks(Args(tasks="MeetingBank,Py150", max_test=12), tokenizer, model)
     for task in tasks:
-        together = train_trace.generate(model, tokenizer, task, range(12), 12)
-        alone = train_trace.generate(model, tokenizer, task, range(12), 1)
+        together = train_trace.generate(model, tokenizer, task, range(12), Args())
+        alone = train_trace.generate(model, tokenizer, task, range(12), Args(tokens=1))
         assert together == alone and len({*together.values()}) > 1
 
 
 def test_every_epoch_takes_each_example_once():
-    lengths = [7, 3, 9, 1, 5, 2, 8]
-    plan = [*train_trace.batches(lengths, 3, 2, random.Random(0))]
+    plan = [*batches([*range(7)], 3, 2, random.Random(0))]
     assert sorted(i for batch in plan[:3] for i in batch) == [*range(7)]
     assert sorted(i for batch in plan[3:] for i in batch) == [*range(7)]
     assert plan[:3] != plan[3:], "control: epochs are shuffled"
-    assert all([lengths[i] for i in batch] == sorted(lengths[i] for i in batch) for batch in plan)
 
 
-@pytest.mark.parametrize("micro_batch", [5, 1])
-def test_accumulation_does_not_change_what_is_learned(base, micro_batch):
+def test_no_pass_has_more_tokens_than_allowed_but_one_example_alone():
+    rng = random.Random(0)
+    rows = [([0] * rng.randint(1, 90), i) for i in range(200)]
+    for tokens in (1, 60, 300, 10**6):
+        groups = [*passes(rows, tokens)]
+        sizes = [len(group) * max(len(ids) for ids, _ in group) for group in groups]
+        assert all(size <= tokens or len(g) == 1 for size, g in zip(sizes, groups))
+        assert sorted(i for group in groups for _, i in group) == [*range(200)]
+    assert len(groups) == 1, "control: with room for all there is one pass"
+
+
+def test_one_example_above_the_budget_is_said_and_trained_alone(base, capsys):
+    args = Args(**{**SHORT, "tasks": "FOMC", "max_train": 4, "tokens": 3, "epochs": "1"})
+    task, = train_trace.load_tasks(args, base[1], base[0])
+    assert "more than --tokens 3, so it makes a pass of its own" in capsys.readouterr().out
+    sizes, answers = [], train_trace.answers
+    adapter = train_trace.attach(base[0], "lora", args)
+    adapter.begin_task("FOMC")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_trace, "answers", lambda model, tokenizer, rows: (
+            sizes.append(len(rows)) or answers(model, tokenizer, rows)))
+        train_trace.train(*base, adapter.trainable_parameters(), task, args, 1e-3, QUIET)
+    adapter.detach()
+    assert sizes == [1] * 4
+
+
+@pytest.mark.parametrize("tokens", [300, 1])
+def test_accumulation_does_not_change_what_is_learned(base, tokens):
     model, tokenizer = base
     weights = []
-    for size in (0, micro_batch):
-        args = Args(**{**SHORT, "tasks": "FOMC", "micro_batch": size, "lr": 1e-4})
+    for size in (10**6, tokens):
+        args = Args(**{**SHORT, "tasks": "FOMC", "tokens": size})
         task, = train_trace.load_tasks(args, tokenizer, model)
         torch.manual_seed(0)
         adapter = train_trace.attach(model, "lora", args)
         adapter.begin_task("FOMC")
-        train_trace.train(model, tokenizer, adapter.trainable_parameters(), task, args, "")
+        train_trace.train(model, tokenizer, adapter.trainable_parameters(), task, args, 1e-4, QUIET)
         weights.append(torch.cat([layer.weight.detach() for layer in adapter.layers]))
         adapter.detach()
     assert torch.allclose(*weights, atol=2e-4)
@@ -129,14 +154,19 @@ def test_the_result_holds_everything_that_was_done(run):
     assert {*results} == {*train_trace.METHODS}
     for method, r in results.items():
         fields = {"method", "args", "tasks", "zero_shot", "R", "R_tail", "op", "bwt", "op_tail",
-                  "bwt_tail", "task_id_accuracy", "used", "bytes", "parameters", "seconds",
-                  "peak_memory_bytes", "device", "versions"}
+                  "bwt_tail", "task_id_accuracy", "used", "bytes", "parameters", "tokens",
+                  "seconds_training", "seconds_testing", "peak_memory_bytes", "device", "versions"}
         assert fields <= {*r} and r["method"] == method
         assert r["tasks"] == ["FOMC", "NumGLUE-cm"] and len(r["zero_shot"]) == 2
-        assert [[v is None for v in row] for row in r["R"]] == [[False, True], [False, False]]
-        assert r["op"] == r["learned"] + r["bwt"] / 2 == sum(r["R"][-1]) / 2
+        assert r["op"] == sum(r["R"][-1]) / 2 and None not in r["R"][-1]
+        if method in ("floor", "base", "joint"):
+            assert len(r["R"]) == 1 and r["bwt"] is r["learned"] is r["fwt"] is None
+            continue
+        assert r["op"] == r["learned"] + r["bwt"] / 2
         assert r["bwt"] == r["R"][1][0] - r["R"][0][0]
-        assert r["fwt"] == r["before"][1] - r["zero_shot"][1]
+        goes_on = method in ("lora", "replay", "moe_lora")  # others start from the bare base
+        assert (r["R"][0][1] is not None) == goes_on
+        assert r["fwt"] == (r["R"][0][1] - r["zero_shot"][1] if goes_on else 0.0)
     assert results["base"]["R"][-1] == results["base"]["zero_shot"]
     assert len(results["mose"]["R_tail"]) == 2 and not results["lora"]["R_tail"]
 
@@ -150,7 +180,7 @@ def test_mose_and_one_lora_per_task_forget_nothing_and_a_lora_in_sequence_does(r
 def test_bytes_are_those_of_the_files(run):
     results, folder = run
     assert results["mose"]["bytes"][-1] == (folder / "mose.pt").stat().st_size
-    each = [(folder / f"task_lora-{task}.pt").stat().st_size for task in ("FOMC", "NumGLUE-cm")]
+    each = [(folder / f"task_lora-{task}.pt").stat().st_size for task in (1, 2)]
     assert results["task_lora"]["bytes"] == [each[0], sum(each)]
 
 
@@ -159,7 +189,7 @@ def test_the_same_seed_gives_the_same_result_and_another_does_not(run, tmp_path,
     for seed in (0, 1):
         train_trace.main(Args(methods="mose", name=f"s{seed}", seeds=str(seed), **SHORT))
     before, again = run[0]["mose"], json.loads((tmp_path / "runs/s0/mose.json").read_text())
-    measured = ("args", "seconds", "peak_memory_bytes", "date")
+    measured = ("args", "seconds_training", "seconds_testing", "peak_memory_bytes", "date")
     for key in before.keys() - measured:
         assert before[key] == again[key], key
     files = [folder / "mose.pt" for folder in (run[1], tmp_path / "runs/s0", tmp_path / "runs/s1")]
@@ -173,27 +203,57 @@ def test_figures_come_from_the_results_alone(run):
     for name in ("matrices.png", "growth.png", "table.md"):
         assert (folder / name).stat().st_size > 100
     rows = (folder / "table.md").read_text().splitlines()
-    assert len([row for row in rows if row.startswith("|")]) == 3 + len(train_trace.METHODS)
+    assert len([row for row in rows if row.startswith("|")]) == 2 + len(train_trace.METHODS)
 
 
 def test_the_stage_is_fair_zero_shot_the_model_knows_no_more_than_a_guess(base):
     model, tokenizer = base
     for task in train_trace.load_tasks(Args(), tokenizer, model):
-        zero_shot, _, _ = train_trace.evaluate(model, tokenizer, None, task, Args())
-        assert sum(zero_shot) <= sum(train_trace.floor(task)), task.name
+        zero_shot, *_ = train_trace.evaluate(model, tokenizer, None, task, Args())
+        texts = (rows.to_list() for rows in task.texts)
+        assert sum(zero_shot) <= sum(floor(task.metric, *texts)), task.name
 
 
-def test_summaries_of_a_small_matrix():
-    R = [[50.0, None, None], [80.0, 60.0, None], [20.0, 70.0, 90.0]]
-    got = train_trace.summarize(R, zero_shot=[1.0, 2.0, 3.0], before=[1.0, 12.0, 23.0])
-    assert got == {"op": 60.0, "learned": (50 + 60 + 90) / 3, "bwt": (-30 + 10) / 2, "fwt": 15.0,
-                   "bwt_treelora": 30 / 3, "forgetting": (60 + 0) / 2}
+def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
+    args = Args(**{**SHORT, "tasks": "FOMC,NumGLUE-cm,ScienceQA", "epochs": "2,1,1"})
+    tasks = train_trace.load_tasks(args, base[1], base[0])
+
+    def taught(method, args=args):
+        return [task.train for task, _ in train_trace.lessons(method, tasks, args)]
+
+    own = [task.train for task in tasks]
+    assert taught("lora") == own
+    first, second, third = taught("replay")
+    assert first == own[0] and second[:48] == own[1] and third[:48] == own[2]
+    assert len(second) == 48 + 3 and all(row in own[0] for row in second[48:])  # 5 % of 48
+    assert [row in own[0] for row in third[48:]] == [True] * 3 + [False] * 3
+    assert all(row in own[1] for row in third[51:])
+    assert taught("replay", dataclasses.replace(args, replay=0.0)) == own, "control"
+    assert taught("joint") == [own[0] * 2 + own[1] + own[2]]
 
 
-def test_the_standard_error_is_that_of_the_mean():
-    rows = [[0.0, 100.0] * 50, [100.0] * 100]
-    assert train_trace.bootstrap(rows) == pytest.approx(50 / 100**0.5 / 2, rel=0.1)
-    assert train_trace.bootstrap([[7.0] * 9]) == 0.0
+def test_ends_tests_each_task_when_it_is_learned_and_all_at_the_end(base):
+    tasks = train_trace.load_tasks(Args(**{**SHORT, "tasks": ",".join(TASKS)}), base[1], base[0])
+    counts = {test: sum(len(tests) for _, tests in train_trace.lessons("mose", tasks, args))
+              for test, args in (("all", Args()), ("ends", Args(test="ends")))}
+    assert counts == {"all": 36, "ends": 15}
+
+
+def test_the_letter_of_an_answer_is_all_that_is_generated_where_only_it_is_read(base):
+    science, fomc = train_trace.load_tasks(Args(tasks="ScienceQA,MeetingBank"), base[1], base[0])
+    assert science.max_new == 4 < fomc.max_new
+    texts = train_trace.generate(*base, science, range(20), Args())
+    whole = dataclasses.replace(science, max_new=40)
+    for i, text in train_trace.generate(*base, whole, range(20), Args()).items():
+        assert texts[i][:1] == text[:1]
+
+
+def test_a_preset_is_other_defaults_and_options_go_before_it():
+    gpu = train_trace.parse(["--preset", "gpu"])
+    for name, value in train_trace.PRESETS["gpu"].items():
+        assert getattr(gpu, name) == value != getattr(Args(), name)
+    assert train_trace.parse(["--lr", "0.5", "--preset", "gpu", "--epochs", "1"]) == (
+        dataclasses.replace(gpu, lr=0.5, epochs="1"))
 
 
 def test_several_seeds_are_several_runs_and_one_table(tmp_path, monkeypatch):
@@ -208,7 +268,7 @@ def test_several_seeds_are_several_runs_and_one_table(tmp_path, monkeypatch):
 
 def test_ask_infers_the_task_or_leaves_a_far_prompt_to_the_base(run, capsys):
     _, folder = run
-    prompt = train_trace.read(Args.data, "NumGLUE-cm", "test")[0]["prompt"]
+    prompt = read(Args.data, "NumGLUE-cm", "test")[0]["prompt"]
     for text, name in ((prompt, "NumGLUE-cm"), ("@@ $$ \u00e9\u00e9 %% ^^ ~~ {}" * 9, "base")):
         train_trace.main(train_trace.parse(["--device", "cpu", "--ask", f"{folder}/mose.pt", text]))
         out = capsys.readouterr().out
@@ -249,7 +309,7 @@ def test_a_file_of_another_shape_is_named_with_its_row(tmp_path, base, text, mes
     assert message in str(error.value)
 
 
-def test_data_can_come_from_a_url():
+def test_data_can_come_from_a_url_and_what_is_not_data_is_named(tmp_path):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         log_message = staticmethod(lambda *given: None)
 
@@ -257,19 +317,36 @@ def test_data_can_come_from_a_url():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        there, here = (train_trace.read(base, "FOMC", "test") for base in (url, Args.data))
-        with pytest.raises(ValueError, match="none/test.json"):
-            train_trace.read(url, "none", "test")
+        there, here = (read(base, "FOMC", "test") for base in (url, Args.data))
+        with pytest.raises(ValueError, match="none/test.json.*404"):
+            read(url, "none", "test")
+        (tmp_path / "page").mkdir()
+        (tmp_path / "page/test.json").write_text("<!DOCTYPE html><html>Sign in</html>")
+        handler.keywords["directory"] = tmp_path
+        with pytest.raises(ValueError, match="page/test.json: can't be read as JSON"):
+            read(url, "page", "test")
         server.shutdown()
     assert there.to_list() == here.to_list()
 
 
 def test_a_good_file_is_read(tmp_path, base, capsys):
-    data = task_folder(tmp_path, json.dumps([{**GOOD, "more": 1}]), "mine")
-    args = Args(data=data, tasks="mine", metric="mine=rouge_l", epochs="3")
+    rows = [{**GOOD, "id": "1a"}, {**GOOD, "id": 2}]  # Arrow refuses such a column
+    data = task_folder(tmp_path, json.dumps(rows), "mine")
+    args = Args(data=data, tasks=" mine ", metric="mine = rouge_l", epochs="3")
     task, = train_trace.load_tasks(args, base[1], base[0])
-    assert (task.metric, task.epochs, len(task.train)) == ("rouge_l", 3, 1)
-    assert "1 of 1 test prompts stand in train too" in capsys.readouterr().out
+    assert (task.metric, task.epochs, len(task.train)) == ("rouge_l", 3, 2)
+    assert "2 of 2 test prompts stand in train too" in capsys.readouterr().out
+
+
+def test_a_task_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("en/T", "x y", "a=b"):
+        task_folder(tmp_path / "data", json.dumps([GOOD] * 4), name)
+    train_trace.main(Args(data="data", tasks="en/T, x y,a=b", epochs="1", methods="task_lora,mose",
+                          metric="en/T=accuracy,x y=accuracy,a=b=rouge_l", device="cpu"))
+    for method in ("task_lora", "mose"):
+        result = json.loads(Path(f"runs/default/{method}.json").read_text())
+        assert result["tasks"] == ["en/T", "x y", "a=b"] and result["bwt"] == 0.0
 
 
 @pytest.mark.parametrize("options, message", [
@@ -287,7 +364,8 @@ def test_a_wrong_option_is_named(base, options, message):
 
 @pytest.mark.parametrize("argv", [
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
-    ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"],
+    ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
+    ["--tokens", "0"], ["--replay", "2"], ["--test", "never"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -312,7 +390,7 @@ def test_results_are_not_overwritten_without_force(run, monkeypatch):
     assert (folder / "mose.json").read_bytes() == before
     with pytest.raises(ValueError, match="can't be read"):
         train_trace.main(Args(name="new", data="nowhere"))
-    train_trace.claim(Args(name="new"))[1].close()  # of a run that failed at once nothing is lost
+    claim(Path("runs/new"), {}).close()  # of a run that failed at once nothing is lost
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_path, monkeypatch):
@@ -321,16 +399,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_p
     tasks = train_trace.load_tasks(args, tokenizer, model)
     learn = train_trace.train
 
-    def explode(model, tokenizer, parameters, task, args, title):
+    def explode(model, tokenizer, parameters, task, *rest):
         if task.name == "NumGLUE-cm":
             parameters[0].data.fill_(float("inf"))
-        return learn(model, tokenizer, parameters, task, args, title)
+        return learn(model, tokenizer, parameters, task, *rest)
 
     monkeypatch.setattr(train_trace, "train", explode)
     with pytest.raises(ValueError, match="NumGLUE-cm: the loss is nan"):
-        train_trace.run("mose", model, tokenizer, tasks, args, tmp_path, [0.0, 0.0])
+        record = train_trace.begin("mose", tasks, args, tmp_path)
+        train_trace.run(record, model, tokenizer, tasks, args, QUIET)
     fresh, _ = train_trace.load_model(args)
-    adapter = train_trace.MoSE.load(fresh, tmp_path / "mose-FOMC.pt")
+    adapter = train_trace.MoSE.load(fresh, tmp_path / "mose-1.pt")
     assert [*adapter.tasks] == ["FOMC"]
     for module in model.modules():  # the failed run left its adapter on the shared base
         for hooks in (module._forward_hooks, module._forward_pre_hooks):

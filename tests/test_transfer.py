@@ -1,17 +1,16 @@
 """A new task may start from a related one: where it starts, whom it chooses, what it takes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_trace
+from benchmarks import transfer
+from test_mose import attach, data, learn, reloaded, snapshot, step
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import train_trace  # noqa: E402
-import transfer  # noqa: E402
-from test_mose import attach, data, learn, reloaded, snapshot, step  # noqa: E402
 
 
 def left(mose, **shares):

@@ -1,6 +1,6 @@
 """From linear to deep: the same question in a small LLM. When must a router stop learning?
 
-    python theory/moe_deep.py       # two CPU cores, 10 minutes; writes results/theory_deep.*
+    python -m theory.moe_deep       # two CPU cores, 10 minutes; writes results/theory_deep.*
 
 Four ways to learn the eight tasks of trace-mini (synthetic) in a row with tiny-llm, through the own
 loop of train_trace.py: a mixture whose one shared router never stops (moe_lora, --router_stop 0),
@@ -17,22 +17,20 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import train_trace
+from results.gates import last_gates
+from trace.data import pad
+from trace.scores import TASKS, backward_transfer, mean
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_trace  # noqa: E402
-from benchmarks.routing import noted_gates  # noqa: E402
 
 WAYS = {"never stops": ("moe_lora", 0), "stops after task 1": ("moe_lora", 1),
         "stops after task 4": ("moe_lora", 4), "a router per task (MoSEs)": ("mose", 0)}
@@ -42,11 +40,9 @@ STYLES = dict(zip(WAYS, (("#d55e00", "s"), ("#009e73", "^"), ("#0072b2", "v"), (
 @torch.no_grad()
 def gates_of(model, tokenizer, adapter, task):
     """Gates of all layers for the tokens of 32 test prompts: (tokens, layers, E)."""
-    prompts = [prompt for prompt, _ in task.test[:32]]
-    ids, mask = train_trace.pad(prompts, tokenizer.pad_token_id)
-    with noted_gates() as seen:
-        model(input_ids=ids, attention_mask=mask)
-    return torch.stack(seen, dim=2)[mask.bool()]  # of (B, T, layers, E)
+    ids, mask = pad(task.test[:32], tokenizer.pad_token_id)
+    model(input_ids=ids, attention_mask=mask)
+    return torch.stack(last_gates(adapter), dim=2)[mask.bool()]  # of (B, T, layers, E)
 
 
 def one(way, seed):
@@ -54,7 +50,6 @@ def one(way, seed):
     torch.set_num_threads(1)
     train_trace.transformers.logging.set_verbosity_error()
     train_trace.transformers.utils.logging.disable_progress_bar()
-    sys.stderr = open(os.devnull, "w")
     method, stop = WAYS[way]
     args = train_trace.Args(seeds=str(seed), router_stop=stop, device="cpu")
     model, tokenizer = train_trace.load_model(args)
@@ -71,10 +66,12 @@ def one(way, seed):
 
     train_trace.evaluate = watch
     with tempfile.TemporaryDirectory() as folder:
-        run = train_trace.run(method, model, tokenizer, tasks, args, Path(folder), [0.0] * 8)
+        record = train_trace.begin(method, tasks, args, Path(folder))
+        train_trace.run(record, model, tokenizer, tasks, args, tqdm(disable=True))
     train_trace.evaluate = evaluate
-    result = {key: run[key] for key in ("R", "op", "bwt")}
-    result |= {"seed": seed, "entropy": [], "moved": []}
+    R = record.result["R"]
+    result = {"R": R, "op": mean(R[-1]), "bwt": backward_transfer(R), "seed": seed, "entropy": [],
+              "moved": []}
     for gates in seen.values():
         last = gates[-1].clamp(min=1e-12)
         entropy = -(last * last.log()).sum(-1) / math.log(last.shape[-1])
@@ -121,7 +118,7 @@ def main():
         bar = tqdm(as_completed(jobs), "from linear to deep", len(jobs), unit="run", ncols=100)
         for job in bar:
             rows[jobs[job]].append(job.result())
-    tasks = list(train_trace.TASKS)
+    tasks = list(TASKS)
     out = ROOT / "results/theory_deep"
     out.with_suffix(".json").write_text(json.dumps({"tasks": tasks, "rows": rows}, indent=1) + "\n")
     draw(rows, tasks, args.seeds, out.with_suffix(".png"))

@@ -25,7 +25,7 @@ One expert, isotropic columns, r = 1 - s/d, W = mean |w_n|^2, D = mean over all 
 symbol -> variable: w_n pool.w, v_n pool.v, w_m experts, theta gate, h scores, m chosen, |dw| drift,
 f load, lambda noise, alpha balance, eta lr, Gamma gap.
 
-    python theory/moe_theory.py      # all runs, table, results/theory_moe.json and four figures
+    python -m theory.moe_theory      # all runs, table, results/theory_moe.json and four figures
     python -m pytest tests/test_theory.py -q
 """
 import json
@@ -374,7 +374,7 @@ def main():
         [*product((0.0, 2.0), (2, 6, 8))], "one expert")}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(
-        command="python theory/moe_theory.py", seconds=round(time.time() - start, 1),
+        command="python -m theory.moe_theory", seconds=round(time.time() - start, 1),
         python=platform.python_version(), numpy=np.__version__, runs=runs, closed=closed),
         default=lambda array: np.round(array, 5).tolist()))
     result = json.loads(path.read_text())  # what is printed and drawn comes from the file

@@ -1,12 +1,18 @@
-"""TRACE's five metrics, exactly as its code and the packages behind it score: plain Python.
+"""TRACE's five metrics, exactly as its code and the packages behind it score, and what papers make
+of them: OP, BWT, standard errors, and a floor. Plain Python, and usable on its own:
 
-Each function takes (prediction, gold, prompt) and returns 0 .. 100. tests/test_scores.py compares
+    from trace.scores import score
+    score("FOMC", predictions, golds, prompts)      # 0 .. 100
+
+Each metric takes (prediction, gold, prompt) and returns 0 .. 100. tests/test_scores.py compares
 them with the packages themselves (`rouge` 1.0.1, `rapidfuzz`): there is no difference. Where
 TRACE's own code crashes (an empty prediction, or '.'), the score is 0.
 """
 
 import collections
+import random
 import re
+import statistics
 
 
 def accuracy(prediction, gold, prompt):
@@ -117,5 +123,70 @@ TASKS = tuple(METRICS)  # in TRACE's order
 
 def score(task, predictions, golds, prompts, metric=None):
     """The mean score of a task's predictions by TRACE's metric, or the named one: 0 .. 100."""
-    values = [*map(SCORES[metric or METRICS[task]], predictions, golds, prompts)]
-    return sum(values) / len(values)
+    return mean([*map(SCORES[metric or METRICS[task]], predictions, golds, prompts)])
+
+
+# ------------------------------------------------------------------------------ over tasks
+
+# R[t][i] is the score of task i after task t was learned; None where it was not tested.
+
+
+def backward_transfer(R):
+    """Mean over all tasks but the last of R[last][i] - R[i][i], signed."""
+    return mean([R[-1][i] - R[i][i] for i in range(len(R) - 1)])
+
+
+def mean(values):
+    """None if one of them is."""
+    return None if None in values else sum(values) / max(1, len(values))
+
+
+def summarize(R, zero_shot=None):
+    """What papers report of a matrix R; None for what needs a score that was not tested.
+
+    zero_shot: the scores of the bare base, of which forward transfer (FWT) is the gain just before
+    a task is learned: R[i - 1][i], or none where a method starts each task from the base.
+    """
+    last, T = R[-1], len(R[-1])
+    own = [R[i][i] for i in range(T)] if len(R) == T else [None]
+    summary = dict.fromkeys(("bwt", "bwt_treelora", "forgetting", "fwt"))
+    summary |= {"op": mean(last), "learned": mean(own)}
+    if None in own:  # nothing was learned, or all at once
+        return summary
+    summary["bwt"] = backward_transfer(R)
+    # As TreeLoRA and MoRAM print it: what was lost, never below 0, over all T tasks.
+    summary["bwt_treelora"] = mean([max(0.0, was - now) for was, now in zip(own, last)])
+    every = [[R[t][i] for t in range(i, T)] for i in range(T - 1)]
+    if not any(None in column for column in every):
+        summary["forgetting"] = mean([max(column) - column[-1] for column in every])
+    if zero_shot:
+        before = [R[i - 1][i] for i in range(1, T)]
+        gains = [0.0 if b is None else b - z for b, z in zip(before, zero_shot[1:])]
+        summary["fwt"] = mean(gains)
+    return summary
+
+
+def bootstrap(rows, draws=1000):
+    """The standard error of OP, from the scores of each task's test examples."""
+    rng = random.Random(0)
+    return statistics.stdev(
+        mean([mean(rng.choices(row, k=len(row))) for row in rows]) for _ in range(draws))
+
+
+def floor(metric, train, test):
+    """Scores without a model: of a constant and some copies, what is best on (some) train.
+
+    train, test: lists of {"prompt", "answer"}.
+    """
+    common = collections.Counter(row["answer"] for row in train).most_common(1)[0][0]
+    rules = [
+        lambda prompt: common,
+        lambda prompt: prompt.rstrip().split("\n")[-1],
+        lambda prompt: " ".join(re.split(r"(?<=[.!?])\s+", prompt)[:3]),
+        lambda prompt: prompt,
+    ]
+
+    def scores(rule, rows):
+        return [SCORES[metric](rule(row["prompt"]), row["answer"], row["prompt"]) for row in rows]
+
+    return scores(max(rules, key=lambda rule: mean(scores(rule, train[:100]))), test)
