@@ -7,7 +7,7 @@
 The first is synthetic and offline: a real causal LM of 1M parameters and eight generated stand-ins
 for the TRACE tasks, in their format, names, order and metrics. It shows the method, not TRACE.
 
-Methods, all through the same loop, data, steps and order:
+Methods, all through the same loop and data, in the same order (replay takes some more steps):
 
     floor      no model: the best of a constant answer and copies of the prompt, chosen on train
     base       the model as it is
@@ -30,12 +30,12 @@ score on trace-mini compares with any paper's.
 # ///
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -50,7 +50,7 @@ from tqdm import tqdm
 from mose import MoSE, MoSEConfig
 from trace import processes
 from trace.data import SCHEDULES, batches, cut, encode, load_task, pad, passes
-from trace.runs import Record, claim
+from trace.runs import Record, Tested, claim, peak_memory
 from trace.scores import METRICS, SCORES, TASKS, floor, mean
 
 HERE = Path(__file__).resolve().parent
@@ -76,17 +76,17 @@ class Args:
     data: str = option(str(HERE / "assets/trace-mini"), "folder or URL with TASK/{train,test}.json")
     tasks: str = option(",".join(TASKS), "the tasks, in the order of learning")
     metric: str = option("", "of further tasks, as TASK=METRIC,..: " + ", ".join(SCORES))
-    methods: str = option("lora,task_lora,mose", "of " + ", ".join(METHODS))
+    methods: str = option("lora,replay,task_lora,mose", "of " + ", ".join(METHODS))
     name: str = option("default", "results go to runs/NAME")
     force: bool = option(False, "overwrite the results of an earlier run of that name")
-    seeds: str = option("0", "of start and data order; of several (0,1,2) each is a run NAME-SEED")
-    epochs: str = option("4", "per task: a number, one for each task (5,3,..), trace or short")
+    seeds: str = option("0", "of start and data order; 0,1,2 makes the runs NAME-0 to NAME-2")
+    epochs: str = option("4", "a number, one for each task (5,3,..), or: trace, short")
     lr: float = option(1e-2, "learning rate")
     lora_lr: float = option(0.0, "learning rate of all methods but mose and mose_fixed (0: lr)")
     schedule: str = option("cosine", "of the learning rate", ("cosine", "constant"))
     batch: int = option(16, "examples for one step")
-    tokens: int = option(2048, "of one pass, with padding; 4 times as many if it has no gradients")
-    max_prompt: int = option(1024, "tokens of a prompt that the model reads, its last ones")
+    tokens: int = option(2048, "tokens of one pass with padding; 4 times as many without gradients")
+    max_prompt: int = option(1024, "the last tokens of a prompt, which the model reads")
     max_train: int = option(0, "train on so many examples a task (0: all); keys see all prompts")
     max_test: int = option(0, "score so many examples a task (0: all)")
     test: str = option("all", "ends: each task when it is learned, and all at the end; all: every "
@@ -97,12 +97,12 @@ class Args:
     rank: int = option(MoSEConfig.rank, "rank of each expert of mose")
     top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to")
     router_std: float = option(MoSEConfig.router_std, "spread of new routers")
-    density: float = option(MoSEConfig.density, "of the free pool, what a task of mose may take")
-    scale: float = option(MoSEConfig.scale, "of the experts' sum")
+    density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
+    scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
     router_stop: int = option(0, "freeze the router of moe_lora after so many tasks (0: never)")
     lora_rank: int = option(8, "rank of a LoRA and, in all, of moe_lora")
     lora_scale: float = option(4.0, "their scale, alpha / rank")
-    replay: float = option(0.05, "share of each earlier task's examples that replay trains on")
+    replay: float = option(0.05, "share of each earlier task's examples, mixed into a task")
     resume: str = option("", "go on with an interrupted run: its folder, and no other option")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
@@ -128,16 +128,23 @@ def parse(argv=None):
         if args != Args(resume=args.resume):
             parser.error("--resume goes alone: the run goes on with the options that it began with")
         if not file.exists():
-            parser.error(f"--resume: there is no {file}, so no run to go on with")
-        return Args(**json.loads(file.read_text()) | {"resume": args.resume})
-    if not all(seed.isdigit() for seed in listed(args.seeds)):
-        parser.error(f"--seeds: got {args.seeds!r}, expected whole numbers: 0 or 0,1,2")
-    unknown = [method for method in listed(args.methods) if method not in METHODS]
-    if unknown:
-        parser.error(f"--methods: got {unknown}, expected of {', '.join(METHODS)}")
-    for name in ("batch", "tokens", "max_prompt", "lora_rank"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
+            parser.error(f"--resume: there is no {file}, so no run to go on with (each of several "
+                         "seeds is a run of its own: NAME-0, NAME-1, ..)")
+        began = json.loads(file.read_text())
+        if began.keys() != vars(args).keys():
+            parser.error(f"--resume: {file} is of another version of this script: start again")
+        return Args(**began | {"resume": args.resume})
+    seeds, methods = listed(args.seeds), listed(args.methods)
+    if not all(seed.isdecimal() for seed in seeds) or len({*seeds}) < len(seeds):
+        parser.error(f"--seeds: got {args.seeds!r}, expected whole numbers, each once: 0 or 0,1,2")
+    if not {*methods} <= {*METHODS} or len({*methods}) < len(methods):
+        parser.error(f"--methods: got {args.methods!r}, expected each once, of "
+                     f"{', '.join(METHODS)}")
+    lowest = {"batch": 1, "tokens": 1, "max_prompt": 2, "lora_rank": 1, "max_train": 0,
+              "max_test": 0, "router_stop": 0}
+    for name, least in lowest.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: got {getattr(args, name)}, expected at least {least}")
     if not 0 <= args.replay <= 1:
         parser.error(f"--replay: got {args.replay}, expected a share of 0 .. 1")
     if len(args.ask) not in (0, 2):
@@ -153,10 +160,12 @@ def load_tasks(args, tokenizer, model):
     names, metrics = listed(args.tasks), dict(METRICS)
     metrics |= {name.strip(): metric.strip() for name, _, metric in (
         pair.rpartition("=") for pair in listed(args.metric))}
-    wrong = [n for n in names if metrics.get(n) not in SCORES]
-    if wrong or len({*names}) < len(names):
-        raise ValueError(f"--tasks {args.tasks}: expected each once, of {', '.join(TASKS)}, or "
-                         f"others with --metric TASK={'|'.join(SCORES)}; no metric have {wrong}")
+    wrong = [name for name in names if metrics.get(name) not in SCORES]
+    if wrong:
+        raise ValueError(f"--tasks: {wrong} have no metric: expected of {', '.join(TASKS)}, or "
+                         f"others with --metric TASK={'|'.join(SCORES)}")
+    if len({*names}) < len(names):
+        raise ValueError(f"--tasks {args.tasks}: expected each once")
     if args.epochs in SCHEDULES:
         epochs = [dict(zip(TASKS, SCHEDULES[args.epochs])).get(name) for name in names]
     else:
@@ -183,7 +192,7 @@ def load_tasks(args, tokenizer, model):
 # ------------------------------------------------------------------------------ train and test
 
 
-def answers(model, tokenizer, rows):
+def answer_logits(model, tokenizer, rows):
     """For each answer token of some examples: logits (n, V), labels (n,), its example (n,)."""
     ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id)
     labels = pad([labels for _, labels in rows], -100)[0][:, 1:].to(model.device)
@@ -191,7 +200,8 @@ def answers(model, tokenizer, rows):
 
     def only_wanted(head, inputs):
         """Of the hidden states (B, T, D), those (n, D) which are followed by a label. The logits of
-        all others would be most of what a step holds in memory, and no loss reads them."""
+        all others would be most of what a step holds in memory, and no loss reads them. A hook, so
+        that what some models do after their head (scale, soft-cap) stays as it is."""
         return inputs[0][:, :-1][wanted.to(inputs[0].device)]
 
     with head.register_forward_pre_hook(only_wanted):
@@ -205,7 +215,7 @@ def probe(model, tokenizer, task, args):
     loss would not do: most of it goes as soon as the form of an answer is known."""
     first, wrong = task.train[:64], torch.zeros((), device=model.device)
     for rows in processes.share(passes(first, 4 * args.tokens)):
-        logits, labels, example = answers(model, tokenizer, rows)
+        logits, labels, example = answer_logits(model, tokenizer, rows)
         wrong += example[logits.argmax(-1) != labels].unique().numel()
     processes.total(wrong)
     return wrong / len(first)
@@ -228,14 +238,14 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         count = sum(label != -100 for _, labels in batch for label in labels)
         loss = torch.zeros((), device=model.device)
         for rows in passes(processes.share(batch), args.tokens):
-            logits, labels, _ = answers(model, tokenizer, rows)
+            logits, labels, _ = answer_logits(model, tokenizer, rows)
             part = F.cross_entropy(logits, labels, reduction="sum") / count
             part.backward()
             loss += part.detach()
         processes.total(loss, *(p.grad for p in parameters))
         if not loss.isfinite():
-            raise ValueError(f"{task.name}: the loss is {loss} at step {step}: lower --lr; "
-                             "earlier tasks are safe, each was saved when it ended")
+            raise ValueError(f"{task.name}: the loss is {loss} at step {step}: start again with a "
+                             "lower --lr and another --name; adapters of earlier tasks are safe")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         rate.step()
@@ -268,10 +278,7 @@ def whole_prompts(prompts, tokenizer, size=32):
 
 
 def evaluate(model, tokenizer, adapter, task, args):
-    """(scores, scores with the task inferred, how often that was right in percent, first answers).
-
-    The scores are one for each test example. What is inferred is None for all but MoSEs.
-    """
+    """Tested: the task known, and for MoSEs also inferred from the prompt."""
     rows = range(len(task.test))
 
     def scores(texts):
@@ -283,14 +290,14 @@ def evaluate(model, tokenizer, adapter, task, args):
     texts = generate(model, tokenizer, task, rows, args)
     known, first = scores(texts), [texts[i] for i in rows[:2]]
     if not adapter or isinstance(adapter, SharedPool):
-        return known, None, None, first
+        return Tested(known, answers=first)
     names = []
     for ids, mask in whole_prompts(task.test, tokenizer):
         names += adapter.infer_task(ids, mask)
     wrong = [i for i in rows if names[i] != task.name]  # for the others the text is the same
     texts |= generate(model, tokenizer, task, wrong, args,
                       lambda some: adapter.set_task([names[i] for i in some]))
-    return known, scores(texts), 100.0 * (1 - len(wrong) / len(names)), first
+    return Tested(known, scores(texts), 100.0 * (1 - len(wrong) / len(names)), first)
 
 
 # ------------------------------------------------------------------------------ the methods
@@ -314,6 +321,7 @@ class SharedPool(MoSE):
         last = self.tasks[-1] if self.tasks else None
         for layer in self.layers:
             layer.used.zero_()
+        # 0 is left to learn under the last task, and all elsewhere: so it starts from the last one.
         super().begin_task(name, lambda: float(last is None or self.active != last))
         for layer in self.layers:
             layer.source.fill_(True)  # the whole pool is in force, so no score is needed
@@ -331,22 +339,25 @@ class SharedPool(MoSE):
         return report
 
 
+GOES_ON = ("lora", "replay", "moe_lora")  # the others start each task from the bare base
 KINDS = {"mose": MoSE, "mose_fixed": FixedRouter}  # all other methods: SharedPool
 
 
 def attach(model, method, args):
-    """A new adapter. One LoRA is one expert that is never protected; moe_lora has as many
-    parameters, in several experts."""
+    """A new adapter. One LoRA is one expert that is never protected; moe_lora has several, with as
+    many parameters in all."""
     targets = tuple(listed(args.targets))
     if method in KINDS:
         return KINDS[method](model, MoSEConfig(
-            targets, args.experts, args.rank, args.top_k, args.density, args.scale,
-            router_std=args.router_std))
-    mixture = (args.experts, args.top_k, MoSEConfig.router_dim)
-    experts, top_k, router_dim = mixture if method == "moe_lora" else (1, 1, 1)
-    rank = max(1, args.lora_rank // experts)
-    return SharedPool(model, MoSEConfig(targets, experts, rank, top_k, 1.0, args.lora_scale,
-                                        router_dim, args.router_std, key_dim=1))
+            targets, num_experts=args.experts, rank=args.rank, top_k=args.top_k,
+            density=args.density, scale=args.scale, router_std=args.router_std))
+    whole = {"density": 1.0, "scale": args.lora_scale, "key_dim": 1}
+    if method == "moe_lora":
+        return SharedPool(model, MoSEConfig(
+            targets, num_experts=args.experts, rank=max(1, args.lora_rank // args.experts),
+            top_k=args.top_k, router_std=args.router_std, **whole))
+    return SharedPool(model, MoSEConfig(
+        targets, num_experts=1, rank=args.lora_rank, top_k=1, router_dim=1, **whole))
 
 
 def lessons(method, tasks, args):
@@ -363,8 +374,9 @@ def lessons(method, tasks, args):
             earlier = [rng.sample(old.train, math.ceil(args.replay * len(old.train)))
                        for old in tasks[:t]]
             task = dataclasses.replace(task, train=sum(earlier, task.train))
-        ahead = method in ("lora", "replay", "moe_lora")  # the next task too, for FWT: what goes on
-        tests = every[:t + 1 + ahead] if args.test == "all" else every[t:t + 1]
+        tests = every[:t + 1] if args.test == "all" else every[t:t + 1]
+        if args.test == "all" and method in GOES_ON:
+            tests = every[:t + 2]  # the next task too: its score before it is learned gives FWT
         plan.append((task, every if t == every[-1] else tests))
     return plan
 
@@ -386,38 +398,49 @@ def learn(adapter, model, tokenizer, task, args, bar):
             "tokens": task.epochs * sum(len(ids) for ids, _ in task.train)}
 
 
-def begin(method, tasks, args, folder):
+def open_record(method, tasks, args, folder):
     """What a method has done so far in a folder: nothing, or what is on disk."""
     return Record(folder, method, tasks, lessons(method, tasks, args), method == "task_lora")
 
 
+def open_adapter(record, model, args):
+    """The adapter as the last lesson left it, or a new one."""
+    if not record.last():
+        return attach(model, record.method, args)
+    adapter = KINDS.get(record.method, SharedPool).load(model, record.last())
+    adapter.router_stop = args.router_stop
+    return adapter
+
+
+def test(record, seen, model, tokenizer, tasks, args):
+    """{number of a task: Tested}, each with the adapter that is on disk for it."""
+    if record.method == "floor":
+        return {i: Tested(floor(tasks[i].metric, *(rows.to_list() for rows in tasks[i].texts)))
+                for i in seen}
+    tested = {}
+    for file, some in itertools.groupby(seen, record.file):  # one for all, but for task_lora
+        kind = KINDS.get(record.method, SharedPool)
+        adapter = kind.load(model, file) if file else None  # None: the bare base
+        for i in some:
+            tested[i] = evaluate(model, tokenizer, adapter, tasks[i], args)
+        if adapter:
+            adapter.detach()
+    return tested
+
+
 def run(record, model, tokenizer, tasks, args, bar):
     """Learn all tasks in a row with one method: learn one, save it, test those seen so far."""
-    method = record.method
-    kind, alone = KINDS.get(method, SharedPool), method == "task_lora"
-    for t, (task, tests) in record.rest():
+    for t, (task, seen) in record.rest():  # all, or after a kill what is left
         torch.manual_seed(1000 * int(args.seeds) + t)
-        bar.set_description(f"{method} {t + 1}/{len(record.lessons)} {task.name if task else ''}")
-        if task:
-            with record.seconds("training"):
-                last = None if alone else record.file()
-                adapter = kind.load(model, last) if last else attach(model, method, args)
-                adapter.router_stop = args.router_stop
-                notes = learn(adapter, model, tokenizer, task, args, bar)
+        title = f"{record.method} {t + 1}/{len(record.lessons)} {task.name if task else ''}"
+        bar.set_description(title)
+        if task:  # floor and base learn nothing
+            adapter = open_adapter(record, model, args)
+            notes = learn(adapter, model, tokenizer, task, args, bar)
             record.save(adapter, t, notes)
             adapter.detach()
-        scores = {}
-        with record.seconds("testing"):
-            for i in tests:
-                adapter = kind.load(model, record.file(i)) if task else None
-                if method == "floor":
-                    texts = (rows.to_list() for rows in tasks[i].texts)
-                    scores[i] = floor(tasks[i].metric, *texts), None, None, []
-                else:
-                    scores[i] = evaluate(model, tokenizer, adapter, tasks[i], args)
-                if adapter:
-                    adapter.detach()
-        record.tested(scores)
+        row = record.tested(test(record, seen, model, tokenizer, tasks, args))
+        bar.write(f"{title:30} " + " ".join("     " if x is None else f"{x:5.1f}" for x in row))
 
 
 # ------------------------------------------------------------------------------ the session
@@ -425,7 +448,7 @@ def run(record, model, tokenizer, tasks, args, bar):
 
 def choose_device(args):
     """(device, dtype) as asked for, or the best that is here."""
-    best = torch.accelerator.current_accelerator() or torch.device("cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = best.type if args.device == "auto" else args.device
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
@@ -452,22 +475,16 @@ def load_model(args):
     return model.eval(), tokenizer
 
 
-def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def session(todo, args):
     """Run what is left to do: a list of (method, its Args, its folder)."""
     model, tokenizer = load_model(args)
     tasks, cuda = load_tasks(args, tokenizer, model), model.device.type == "cuda"
+    for method, own, _ in todo:  # what is wrong with any options is said before the first trains
+        attach(model, method, own).detach()
     zero_shot = None  # forward transfer alone needs it, and that only where all is tested
     if args.test == "all":
-        zero_shot = [mean(evaluate(model, tokenizer, None, task, args)[0]) for task in tasks]
-    records = [begin(method, tasks, own, folder) for method, own, folder in todo]
+        zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
+    records = [open_record(method, tasks, own, folder) for method, own, folder in todo]
     steps = sum(math.ceil(len(task.train) / args.batch) * task.epochs
                 for record in records for _, (task, _) in record.rest() if task)
     # One bar for all that is left; without smoothing, its estimate knows the pauses for tests.
@@ -505,7 +522,9 @@ def ask(args, tokens=128):
     if sure < 0.5:
         print("far from every task that was learned, so the bare base answers")
     adapter.set_task(name if sure >= 0.5 else None)
-    ids = torch.tensor([cut(whole, args.max_prompt, tokenizer.bos_token_id)], device=model.device)
+    room = getattr(model.config, "max_position_embeddings", math.inf) - tokens
+    prompt = cut(whole, min(args.max_prompt, room), tokenizer.bos_token_id)
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
     print(f"answer: {tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)}")
 
@@ -523,7 +542,7 @@ def main(args):
     for seed in seeds:
         name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
         runs[Path(args.resume or f"runs/{name}")] = dataclasses.replace(
-            args, seeds=seed, name=name, force=False)
+            args, seeds=seed, name=name, force=False, resume="")
     if processes.RANK == 0:
         locks = [claim(folder, dataclasses.asdict(own), bool(args.resume), args.force)
                  for folder, own in runs.items()]
@@ -533,8 +552,9 @@ def main(args):
     if todo:
         session(todo, args)
     if processes.RANK == 0:
-        subprocess.run([sys.executable, "-m", "results.report", *runs], check=True,
-                       env={**os.environ, "PYTHONPATH": str(HERE)})
+        report = [sys.executable, "-m", "results.report", *map(str, runs)]
+        if subprocess.run(report, env={**os.environ, "PYTHONPATH": str(HERE)}).returncode:
+            print(f"the results are safe; for their tables, in {HERE}: {' '.join(report)}")
     for lock in locks:
         lock.close()
 

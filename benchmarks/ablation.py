@@ -107,7 +107,7 @@ def one(name, seed):
     model, tokenizer = train_trace.load_model(args)
     tasks = train_trace.load_tasks(args, tokenizer, model)
     with tempfile.TemporaryDirectory() as folder:
-        record = train_trace.begin(method, tasks, args, Path(folder))
+        record = train_trace.open_record(method, tasks, args, Path(folder))
         train_trace.run(record, model, tokenizer, tasks, args, tqdm(disable=True))
     result = record.result
     last = result["R"][-1]

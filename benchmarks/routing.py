@@ -171,7 +171,7 @@ def score(what, name, seed, split, surgery):
             wanted = how == "mean over tokens"
             means = mean_gates(adapter, tokenizer, task) if wanted else None
             operate(how, adapter, means, other.name)
-            values = loop.evaluate(model, tokenizer, None, task, args)[0]
+            values = loop.evaluate(model, tokenizer, None, task, args).known
             mose.top_k_gates = real_gates
             result.setdefault(how, []).append(mean(values))
     return result

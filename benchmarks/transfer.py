@@ -71,7 +71,7 @@ def learn(adapter, base, task, args):
 
 def score(adapter, base, task, args):
     adapter.set_task(task.name)
-    return mean(loop.evaluate(*base, None, task, args)[0])
+    return mean(loop.evaluate(*base, None, task, args).known)
 
 
 def related(seed):

@@ -16,8 +16,9 @@ def owners(pool):
 def last_gates(adapter):
     """The gates (B, T, E) of each layer in the last forward pass, under one task for all."""
     config = adapter.config
-    notes = [layer.now[this_thread()][0][1] for layer in adapter.layers]  # scaled, (B, T, E*R)
-    return [gates[..., ::config.rank] / config.scale for gates in notes]
+    notes = [layer.now[this_thread()] for layer in adapter.layers]
+    return [gates[..., ::config.rank] / config.scale  # noted once for each rank, and scaled
+            for (_, gates, _), in notes]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Tables and figures from the result files of train_trace.py alone.
+"""Tables and figures from the result files of train_trace.py.
 
     python -m results.report runs/A            # one run: into its folder
     python -m results.report runs/A runs/B     # the same with other seeds: mean and deviation
@@ -69,11 +69,11 @@ COLUMNS = {"OP": ("op", 1), "s.e.": ("op_error", 1), "learned": ("learned", 1), 
 
 def table(results):
     """The comparison as a Markdown table, one method a line; deviations are over seeds."""
-    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, runs in results.items():
         cells = [spread([r[key] for r in runs], digits) for key, digits in COLUMNS.values()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def aligned(rows):
@@ -211,6 +211,8 @@ def main():
     parser.add_argument("places", nargs="+", metavar="runs/NAME", help="or a file made by --out")
     parser.add_argument("--out", help="where to, with the beginning of the names")
     args = parser.parse_args()
+    if not args.out and any(Path(place).is_file() for place in args.places):
+        parser.error("a file has no folder for the figures: say --out where they go")
     try:
         results = load(args.places)
     except ValueError as error:
@@ -225,11 +227,10 @@ def main():
     if args.out:
         every = [public(result) for runs in results.values() for result in runs]
         Path(f"{args.out}.json").write_text(json.dumps(every) + "\n")
-    else:
-        for place in args.places:
-            write_page(place)
     print(f"{text(results)}\n\n{lines(results)}\n\nresults: {start}table.md"
-          + (", page.html" if not args.out else "") + (", .png" if plt else ""))
+          + (", .png" if plt and in_a_row else ""))
+    for place in () if args.out else args.places:
+        print(f"to look inside: {write_page(place)}")
 
 
 if __name__ == "__main__":

@@ -329,7 +329,8 @@ def test_small_for_a_big_base_and_long_texts(visit, tmp_path, hidden, layers, kv
         R = [[12.345678901234567 * (i + 1) / (t + 1) for i in range(8)] for t in range(8)]
         (tmp_path / f"{method}.json").write_text(json.dumps({
             **result(method, args, R, [{task: [text, text] for task in tasks} for text in texts]),
-            "tasks": tasks, "asked": dict.fromkeys(tasks, [{"prompt": texts[0], "answer": texts[1]}] * 2),
+            "tasks": tasks,
+            "asked": dict.fromkeys(tasks, [{"prompt": texts[0], "answer": texts[1]}] * 2),
             "examples": {task: [5000, 500] for task in tasks}, "bytes": [10**6] * 8}))
     file = subject.write_page(tmp_path)
     assert file.stat().st_size < 500_000

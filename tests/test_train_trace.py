@@ -107,11 +107,11 @@ def test_one_example_above_the_budget_is_said_and_trained_alone(base, capsys):
     args = Args(**{**SHORT, "tasks": "FOMC", "max_train": 4, "tokens": 3, "epochs": "1"})
     task, = train_trace.load_tasks(args, base[1], base[0])
     assert "more than --tokens 3, so it makes a pass of its own" in capsys.readouterr().out
-    sizes, answers = [], train_trace.answers
+    sizes, answers = [], train_trace.answer_logits
     adapter = train_trace.attach(base[0], "lora", args)
     adapter.begin_task("FOMC")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_trace, "answers", lambda model, tokenizer, rows: (
+        patch.setattr(train_trace, "answer_logits", lambda model, tokenizer, rows: (
             sizes.append(len(rows)) or answers(model, tokenizer, rows)))
         train_trace.train(*base, adapter.trainable_parameters(), task, args, 1e-3, QUIET)
     adapter.detach()
@@ -209,7 +209,7 @@ def test_figures_come_from_the_results_alone(run):
 def test_the_stage_is_fair_zero_shot_the_model_knows_no_more_than_a_guess(base):
     model, tokenizer = base
     for task in train_trace.load_tasks(Args(), tokenizer, model):
-        zero_shot, *_ = train_trace.evaluate(model, tokenizer, None, task, Args())
+        zero_shot = train_trace.evaluate(model, tokenizer, None, task, Args()).known
         texts = (rows.to_list() for rows in task.texts)
         assert sum(zero_shot) <= sum(floor(task.metric, *texts)), task.name
 
@@ -406,7 +406,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_p
 
     monkeypatch.setattr(train_trace, "train", explode)
     with pytest.raises(ValueError, match="NumGLUE-cm: the loss is nan"):
-        record = train_trace.begin("mose", tasks, args, tmp_path)
+        record = train_trace.open_record("mose", tasks, args, tmp_path)
         train_trace.run(record, model, tokenizer, tasks, args, QUIET)
     fresh, _ = train_trace.load_model(args)
     adapter = train_trace.MoSE.load(fresh, tmp_path / "mose-1.pt")

@@ -90,7 +90,7 @@ def test_the_probe_counts_answers_that_are_not_right_in_every_token(monkeypatch)
     example = torch.tensor([0, 0, 1, 1, 2, 2])
     guess = torch.tensor([5, 2, 9, 2, 9, 9])  # the first is right, the others are not
     logits = torch.nn.functional.one_hot(guess, 10).float()
-    monkeypatch.setattr(train_trace, "answers", lambda *given: (logits, labels, example))
+    monkeypatch.setattr(train_trace, "answer_logits", lambda *given: (logits, labels, example))
     model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
     args = train_trace.Args(tasks="FOMC", max_train=3)
     task, = train_trace.load_tasks(args, tokenizer, model)

@@ -66,7 +66,7 @@ def one(way, seed):
 
     train_trace.evaluate = watch
     with tempfile.TemporaryDirectory() as folder:
-        record = train_trace.begin(method, tasks, args, Path(folder))
+        record = train_trace.open_record(method, tasks, args, Path(folder))
         train_trace.run(record, model, tokenizer, tasks, args, tqdm(disable=True))
     train_trace.evaluate = evaluate
     R = record.result["R"]

@@ -22,7 +22,7 @@ def read(base, task, split):
     url = base.startswith(("http://", "https://"))
     where = f"{base}/{urllib.parse.quote(task) if url else task}/{split}.json"
     try:
-        with urllib.request.urlopen(where) if url else open(where, "rb") as file:
+        with urllib.request.urlopen(where, timeout=60) if url else open(where, "rb") as file:
             rows = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: can't be read as JSON ({error})") from error
@@ -48,7 +48,7 @@ def encode(tokenizer, row):
 
 def cut(prompt, limit, bos):
     """The BOS, if there is one, and the last tokens of a prompt, `limit` in all."""
-    keep = int(prompt[0] == bos)
+    keep = int(prompt[:1] == [bos])
     return prompt if len(prompt) <= limit else prompt[:keep] + prompt[len(prompt) - limit + keep:]
 
 
