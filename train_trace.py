@@ -56,11 +56,12 @@ from trace.scores import METRICS, SCORES, TASKS, floor, mean
 HERE = Path(__file__).resolve().parent
 METHODS = ("floor", "base", "lora", "replay", "joint", "task_lora", "moe_lora", "mose",
            "mose_fixed")
-# The public copy of TRACE-0.5K belongs to zjwang21, and is not ours.
+# The data is a public copy of TRACE-0.5K, which belongs to zjwang21, and is not ours.
 PRESETS = {"": {}, "gpu": {
-    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "https://raw.githubusercontent.com/"
-    "zjwang21/TRACE/HEAD/TRACE-Benchmark/LLM-CL-Benchmark_500", "epochs": "trace", "test": "ends",
-    "lr": 3e-3, "lora_lr": 1e-3, "tokens": 16384, "dtype": "bfloat16"}}
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "epochs": "trace", "test": "ends",
+    "lora_lr": 3e-3, "tokens": 16384, "dtype": "bfloat16",
+    "data": "https://raw.githubusercontent.com/zjwang21/TRACE/"
+    "cb1bfea893e6181801b1e663ec659316533c1e21/TRACE-Benchmark/LLM-CL-Benchmark_500"}}
 
 
 def option(default, text, choices=None):

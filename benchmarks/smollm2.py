@@ -71,7 +71,9 @@ def jobs(what, args):
         return {f"ablation {name}": (code, [*search, *options])
                 for name, (code, options) in changes.items()}
     if what == "mini":
-        every = [("0", "floor,base")] + [(seed, method) for seed in "012" for method in MINI]
+        every = [("0", "floor,base")] + [("0", method) for method in MINI]
+        every += [(seed, method) for seed in "12" for method in ("mose", "lora", "task_lora")]
+        every += [(seed, method) for seed in "12" for method in ("replay", "joint")]
         return {f"mini {method} {seed}": ("", [*own, "--methods", method, "--seeds", seed])
                 for seed, method in every}
     own += ["--data", str(args.data), "--tasks", SHORT]
@@ -94,7 +96,7 @@ def work(name, code, options, model):
 
 
 @torch.no_grad()
-def surgery(model, seeds="012", prompts=40):
+def surgery(seeds="012", prompts=40):
     """{gates: [OP of each seed]}: MoSEs of `mini` with other gates than its own."""
     result = {how: [] for how in routing.SURGERY}
     for seed in seeds:
@@ -140,13 +142,14 @@ def of(results, start):
 
 def by_task(results, start, tasks):
     """A table of what is left of each task at the end; "learned" and BWT for those in a row."""
-    lines = ["| method | OP | BWT | learned | OP, inferred | bytes | " + " | ".join(tasks) + " |",
-             "|---" * (6 + len(tasks)) + "|"]
+    lines = ["| method | seeds | OP | BWT | learned | OP, inferred | bytes | "
+             + " | ".join(tasks) + " |", "|---" * (7 + len(tasks)) + "|"]
     for method, runs in of(results, start).items():
         cells = [spread([r[key] for r in runs]) for key in ("op", "bwt", "learned", "op_tail")]
-        cells.append(f"{runs[0]['bytes'][-1]:,}" if runs[0]["bytes"] else "")
+        sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
+        cells.append(f"{mean(sizes):,.0f}" if sizes else "")
         cells += [spread(column) for column in zip(*(r["R"][-1] for r in runs))]
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{method}` | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -163,8 +166,8 @@ def report(results):
         "# A pretrained base: SmolLM2-135M-Instruct\n",
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 search`, then `mini`, `ablation`, `surgery`, "
-        f"`trace`, `report`; {some['device']} for each run, two runs at a time on two cores, "
-        f"{hours:.1f} hours of one core in all; testing took {share:.0%} of the time, and the peak "
+        f"`trace`, `report`; {some['device']} for each run, two runs at a time on two cores (and, at "
+        f"times, other work beside them), {hours:.1f} hours of them in all; testing took {share:.0%} of the time, and the peak "
         f"memory was {memory:.1f} GiB. [`smollm2.json`](smollm2.json) holds every number.\n",
         "## Rates\n", f"{SEARCH} of trace-mini (synthetic) in a row, seed 0, 25 steps a task, "
         "scored on `eval` (50 examples a task) at the end; the rule stands in the script.\n",
@@ -173,11 +176,11 @@ def report(results):
         if name.startswith("search "):
             lines.append(f"| `{r['method']}` | {name.split()[2][:-1]} | {r['op']:.1f} | "
                          + " | ".join(f"{score:.1f}" for score in r["R"][-1]) + " |")
-    if mini := of(results, "mini "):
-        seeds = ",".join(r["args"]["seeds"] for r in mini["mose"])
+    mini = of(results, "mini ")
+    if "mose" in mini:
         lines += ["\n## trace-mini (synthetic)\n", "All eight tasks in a row, 25 steps a task, 100 "
                   f"`test` examples a task, MoSEs at {mini['mose'][0]['args']['lr']}, LoRAs at "
-                  f"{mini['mose'][0]['args']['lora_lr']}, seeds {seeds}; ±: deviation over seeds. "
+                  f"{mini['mose'][0]['args']['lora_lr']}; ±: deviation over seeds (0, 1, ..). "
                   "Scores of the tasks are those at the end.\n", *by_task(results, "mini ", TASKS)]
         right = [share for r in mini["mose"] for share in r["task_id_accuracy"]]
         sources = {f"{task} from {source}" for r in mini["mose"]
@@ -220,12 +223,12 @@ def main():
                                          "report"))
     parser.add_argument("--model", default="runs/smollm2")
     parser.add_argument("--data", help="of trace: the folder of TRACE-0.5K")
-    parser.add_argument("--lr", default="3e-3", help="of mose")
+    parser.add_argument("--lr", default="1e-2", help="of mose")
     parser.add_argument("--lora_lr", default="3e-3")
     args = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
     if args.what == "surgery":
-        return print(surgery(args.model))
+        return print(surgery())
     if args.what == "report":
         results = collected()
         (ROOT / "results/smollm2.json").write_text(json.dumps(results) + "\n")

@@ -71,7 +71,8 @@ def table(results):
     """The comparison as a Markdown table, one method a line; deviations are over seeds."""
     rows = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, runs in results.items():
-        cells = [spread([r[key] for r in runs], digits) for key, digits in COLUMNS.values()]
+        values = [([r[key] for r in runs], digits) for key, digits in COLUMNS.values()]
+        cells = [spread(v) if digits else f"{statistics.mean(v):,.0f}" for v, digits in values]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -135,7 +136,8 @@ def draw_matrix(axis, matrix, tasks, title, size=8):
                           color="white" if value > 55 else "black")
     axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=size)
     axis.set_yticks(range(len(tasks)), tasks, fontsize=size)
-    axis.set(title=title, xlabel="tested task", ylabel="after learning")
+    axis.set(title=title, xlabel="tested task (above the diagonal: not learned yet)",
+             ylabel="after learning")
     return image
 
 

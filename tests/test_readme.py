@@ -5,6 +5,7 @@ import doctest
 import json
 import re
 import shlex
+import statistics
 import textwrap
 import tomllib
 from pathlib import Path
@@ -46,14 +47,15 @@ def test_the_table_of_choices_is_that_of_the_code():
 def test_the_results_table_is_that_of_the_json():
     tiny = report.load([ROOT / "results/trace-mini.json"])
     real = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), "mini ")
-    assert {*tiny} == {*train_trace.METHODS} and {*real} >= {*smollm2.MINI}
+    assert {*tiny} == {*train_trace.METHODS} and {*real} <= {*tiny}
     for method in train_trace.METHODS:
         cells = []
         for results in (real, tiny):
             runs = results.get(method, [])
             cells += [report.spread([r[key] for r in runs]) if runs else ""
                       for key in ("op", "bwt", "learned")]
-            cells += [f"{runs[0]['bytes'][-1]:,}" if runs and runs[0]["bytes"] else ""]
+            sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
+            cells += [f"{statistics.mean(sizes):,.0f}" if sizes else ""]
         row, = re.findall(rf"^\| `{method}` \| [^|]* \| (.*) \|$", README, re.M)
         assert row == " | ".join(cells)
 
