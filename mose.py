@@ -18,7 +18,7 @@ so the pool fills ever more slowly.
     mose = MoSE(model)
     mose.begin_task("FOMC")                             # may start from a finished task: see there
     mose.observe(prompt_ids)                            # its key, by which it is recognised later
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=1e-2)
     for ids, labels in batches:
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step(), optimizer.zero_grad()
@@ -208,10 +208,11 @@ class SubExperts(nn.Module):
         return self.source | top_k_mask(self.score.masked_fill(self.used, -math.inf), self.num_new)
 
     def finish(self, name):
-        """Freeze what the open task reads."""
-        mask = self.select()
-        self.frozen.copy_(torch.where(mask & ~self.used, self.weight.detach(), self.frozen))
-        self.tasks[name] = mask.cpu(), self.router.detach().to("cpu", copy=True)
+        """Freeze what the open task reads. If that failed halfway, it can be called again."""
+        if name not in self.tasks:
+            mask = self.select()
+            self.frozen.copy_(torch.where(mask & ~self.used, self.weight.detach(), self.frozen))
+            self.tasks[name] = mask.cpu(), self.router.detach().to("cpu", copy=True)
         self.protect()
 
     def protect(self):
@@ -279,7 +280,7 @@ def fixed_signs(*shape):
     saved routers and keys would be worthless.
     """
     digest = bytearray(hashlib.shake_256(b"MoSEs").digest(math.prod(shape)))
-    return (torch.frombuffer(digest, dtype=torch.uint8) % 2 * 2.0 - 1.0).view(shape)
+    return (torch.frombuffer(digest, dtype=torch.uint8) % 2).float().view(shape) * 2.0 - 1.0
 
 
 def in_out(layer):
@@ -410,17 +411,19 @@ class MoSE:
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
 
     def end_task(self):
-        """Freeze all that the open task reads; returns its entry of `capacity()`."""
+        """Freeze all that the open task reads; returns its entry of `capacity()`.
+
+        If it fails halfway, out of memory say, the task stays open: call it again, or forget().
+        """
         expect(all(p.isfinite().all() for p in self.trainable_parameters()),
                f"task {self.open!r} is not finite: forget() it, lower the rate")
-        name, self.open = self.open, None
+        name, (count, total, square) = self.open, self.key_new
         for layer in self.layers:
             layer.finish(name)
-        count, total, square = self.key_new
         if count:
             self.key_means[name], self.key_count = (total / count).float(), self.key_count + count
             self.key_scatter += (square - torch.outer(total, total) / count).float()
-        self.tasks.append(name)
+        self.tasks, self.open = [*self.tasks, name], None
         self.set_task(name)
         return self.capacity()[name]
 
@@ -429,11 +432,11 @@ class MoSE:
         others compute stays the same, bit for bit."""
         known = self.tasks if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}")
-        self.tasks, self.open = [task for task in self.tasks if task != name], None
-        self.key_means.pop(name, None)  # the scatter stays: it tells how prompts differ in general
         for layer in self.layers:
             layer.tasks.pop(name, None)
             layer.protect()
+        self.tasks, self.open = [task for task in self.tasks if task != name], None
+        self.key_means.pop(name, None)  # the scatter stays: it tells how prompts differ in general
         gone = name == self.active or isinstance(self.active, list) and name in self.active
         self.set_task(None if gone else self.active)
 
@@ -482,7 +485,7 @@ class MoSE:
             # CHOICE: a token that occurs n times counts 1 + log n times, so that the words that all
             # prompts have don't hide those that tell tasks apart.
             tokens, times = ids[own].unique(return_counts=True)
-            weights = 1 + times.log()
+            weights = 1 + times.float().log()
             prompts.append(weights @ table[tokens].float() / weights.sum())
         x = torch.stack(prompts).cpu() @ fixed_signs(table.shape[1], len(self.key_scatter))
         return x.double()  # for differences of large sums
@@ -553,11 +556,12 @@ class MoSE:
             "layers": [(layer.tasks, layer.frozen[layer.used].cpu()) for layer in self.layers],
             "tasks": self.tasks, "keys": (self.key_means, self.key_scatter.triu(), self.key_count),
         }, buffer)  # triu: one half of a symmetric matrix is enough, and zeros compress well
-        with open(f"{path}.tmp", "wb") as file:
+        # With a name of its own: several processes may save at the same time.
+        with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
             file.write(FORMAT + bz2.compress(buffer.getvalue()))  # its checksum shows any damage
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name without content
-        os.replace(f"{path}.tmp", path)
+        os.replace(file.name, path)
 
     @classmethod
     def load(cls, model, path):

@@ -141,6 +141,47 @@ def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
     assert Path("runs/a/args.json").exists()
 
 
+def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch, guard):
+    """Off: what failed is not repeated, but taken for done."""
+    mose, whole = ready("a"), ready("a")
+    for each in (mose, whole):
+        torch.manual_seed(0)
+        learn(each, "b")
+    finish, calls = SubExperts.finish, []
+
+    def no_memory(layer, name):
+        calls.append(name)
+        return finish(layer, name) if len(calls) != 2 else 1 / 0
+
+    monkeypatch.setattr(SubExperts, "finish", no_memory)
+    with pytest.raises(ZeroDivisionError):
+        mose.end_task()
+    assert mose.open == "b" and mose.tasks == ["a"]
+    if guard:
+        mose.end_task()
+    else:
+        mose.tasks, mose.open = ["a", "b"], None
+    whole.end_task()
+    mose.save(tmp_path / "m")
+    if not guard:
+        with pytest.raises(ValueError, match="damaged"):
+            MoSE.load(tiny(), tmp_path / "m")
+        return
+    again = MoSE.load(tiny(), tmp_path / "m")
+    assert torch.equal(logits(again, "b"), logits(whole, "b"))
+    assert torch.equal(logits(mose, "a"), logits(whole, "a"))
+
+
+def test_processes_that_save_at_the_same_time_do_not_share_a_file(tmp_path, monkeypatch):
+    mose, names, replace = ready("a"), [], module.os.replace
+    monkeypatch.setattr(module.os, "replace", lambda part, path: (
+        names.append(part) or replace(part, path)))
+    for process in (7, 8, 8):
+        monkeypatch.setattr(module.os, "getpid", lambda: process)
+        mose.save(tmp_path / "m")
+    assert len({*names}) == 2 and [*tmp_path.iterdir()] == [tmp_path / "m"]
+
+
 def test_a_full_disk_is_noticed_before_training_and_a_failed_save_harms_nothing(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
