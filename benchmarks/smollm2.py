@@ -96,20 +96,20 @@ def work(name, code, options, model):
 
 
 @torch.no_grad()
-def surgery(seeds="012", prompts=40):
+def surgery(prompts=20):
     """{gates: [OP of each seed]}: MoSEs of `mini` with other gates than its own."""
     result = {how: [] for how in routing.SURGERY}
-    for seed in seeds:
-        args = train_trace.Args(**json.loads(
-            Path(f"runs/mini mose {seed}/mose.json").read_text())["args"] | {"max_test": prompts})
+    for file in sorted(Path("runs").glob("mini mose ?/mose.json")):
+        args = train_trace.Args(**json.loads(file.read_text())["args"] | {"max_test": prompts})
         base, tokenizer = train_trace.load_model(args)
         tasks = train_trace.load_tasks(args, tokenizer, base)
-        adapter = mose.MoSE.load(base, f"runs/mini mose {seed}/mose.pt")
+        adapter = mose.MoSE.load(base, file.with_suffix(".pt"))
         for how in routing.SURGERY:
             scores = []
             for task, other in zip(tasks, tasks[1:] + tasks[:1]):
                 adapter.set_task(task.name)
-                means = routing.mean_gates(adapter, tokenizer, task)
+                wanted = how == "mean over tokens"
+                means = routing.mean_gates(adapter, tokenizer, task) if wanted else None
                 routing.operate(how, adapter, means, other.name)
                 scores.append(mean(train_trace.evaluate(base, tokenizer, None, task, args).known))
                 mose.top_k_gates = routing.real_gates
@@ -137,7 +137,7 @@ def of(results, start):
     for name, result in results["runs"].items():
         if name.startswith(start):
             found.setdefault(result["method"], []).append(result)
-    return found
+    return {method: found[method] for method in train_trace.METHODS if method in found}
 
 
 def by_task(results, start, tasks):
@@ -166,9 +166,10 @@ def report(results):
         "# A pretrained base: SmolLM2-135M-Instruct\n",
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 search`, then `mini`, `ablation`, `surgery`, "
-        f"`trace`, `report`; {some['device']} for each run, two runs at a time on two cores (and, at "
-        f"times, other work beside them), {hours:.1f} hours of them in all; testing took {share:.0%} of the time, and the peak "
-        f"memory was {memory:.1f} GiB. [`smollm2.json`](smollm2.json) holds every number.\n",
+        f"`trace`, `report`; {some['device']} for each run, two runs at a time on two cores (and, "
+        f"at times, other work beside them), {hours:.1f} hours in all; testing took {share:.0%} of "
+        f"the time, and the peak memory was {memory:.1f} GiB. [`smollm2.json`](smollm2.json) holds "
+        "every number. What is missing below has not been run yet.\n",
         "## Rates\n", f"{SEARCH} of trace-mini (synthetic) in a row, seed 0, 25 steps a task, "
         "scored on `eval` (50 examples a task) at the end; the rule stands in the script.\n",
         "| method | rate | OP | " + SEARCH.replace(",", " | ") + " |", "|---" * 7 + "|"]
@@ -188,12 +189,15 @@ def report(results):
         each = mini["mose"][0]["bytes"][-1] / len(TASKS)
         lora = 2 * mini["lora"][0]["parameters"]
         lines.append(f"\nMoSEs: the task of a test prompt is inferred right in "
-                     f"{statistics.mean(right):.2f} %; {each:,.0f} bytes a task, of which a LoRA "
-                     f"of rank 8 in bf16 would need {lora:,}; tasks that start from another: "
+                     f"{statistics.mean(right):.2f} %; {each:,.0f} bytes a task, where a LoRA "
+                     f"of rank 8 in bf16 has {lora:,}; tasks that start from another: "
                      f"{', '.join(sorted(sources)) or 'none'}.")
+        scores = [mean(column) for column in zip(*(r["R"][-1] for r in mini["mose"]))]
+        near = [task for task, x, y in zip(TASKS, scores, mini["floor"][0]["R"][-1]) if x < y + 10]
+        lines.append(f"Less than ten points above `floor`, so hardly learned: {', '.join(near)}.")
     if results["surgery"]:
         own = results["surgery"]["own"]
-        lines += ["\n## Other gates than its own\n", "MoSEs of the table above, 40 `test` prompts "
+        lines += ["\n## Other gates than its own\n", "MoSEs of the table above, 20 `test` prompts "
                   "a task; difference to its own gates, paired over seeds.\n",
                   "| gates | OP | difference |", "|---|---|---|"]
         for how, ops in results["surgery"].items():
