@@ -156,11 +156,15 @@ def parse(argv=None):
     return args
 
 
+def metrics_of(text):
+    """{task: metric} of TRACE's tasks, and of those that --metric names."""
+    pairs = (pair.rpartition("=") for pair in listed(text))
+    return METRICS | {name.strip(): metric.strip() for name, _, metric in pairs}
+
+
 def load_tasks(args, tokenizer, model):
     """All tasks of the run. Raises ValueError for what is wrong with the data or its options."""
-    names, metrics = listed(args.tasks), dict(METRICS)
-    metrics |= {name.strip(): metric.strip() for name, _, metric in (
-        pair.rpartition("=") for pair in listed(args.metric))}
+    names, metrics = listed(args.tasks), metrics_of(args.metric)
     wrong = [name for name in names if metrics.get(name) not in SCORES]
     if wrong:
         raise ValueError(f"--tasks: {wrong} have no metric: expected of {', '.join(TASKS)}, or "
@@ -480,8 +484,8 @@ def session(todo, args):
     """Run what is left to do: a list of (method, its Args, its folder)."""
     model, tokenizer = load_model(args)
     tasks, cuda = load_tasks(args, tokenizer, model), model.device.type == "cuda"
-    for method, own, _ in todo:  # what is wrong with any options is said before the first trains
-        attach(model, method, own).detach()
+    for method in {method for method, _, _ in todo}:  # wrong options are said before any trains
+        attach(model, method, args).detach()
     zero_shot = None  # forward transfer alone needs it, and that only where all is tested
     if args.test == "all":
         zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
@@ -538,8 +542,7 @@ def main(args):
     if args.ask:
         return ask(args)
     processes.start(choose_device(args)[0])
-    seeds, locks = listed(args.seeds), []
-    runs = {}
+    seeds, locks, runs = listed(args.seeds), [], {}
     for seed in seeds:
         name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
         runs[Path(args.resume or f"runs/{name}")] = dataclasses.replace(

@@ -160,11 +160,9 @@ def operate(how, adapter, means, other):
 SURGERY = ("own", "uniform", "mean over tokens", "reversed", "another task's router")
 
 
-def score(what, name, seed, split, surgery):
-    """{gates: [score of each task]} after all tasks of a measure are learned."""
-    args, model, tokenizer = setup(seed, split)
-    tasks = tasks_of(what, args, model, tokenizer)
-    adapter, result = learned(what, name, args, model, tokenizer, tasks), {}
+def operated(adapter, model, tokenizer, tasks, args, surgery):
+    """{gates: [score of each task]} of an adapter, for each kind of surgery."""
+    result = {}
     for task, other in zip(tasks, tasks[1:] + tasks[:1]):
         for how in surgery:
             adapter.set_task(task.name)
@@ -175,6 +173,14 @@ def score(what, name, seed, split, surgery):
             mose.top_k_gates = real_gates
             result.setdefault(how, []).append(mean(values))
     return result
+
+
+def score(what, name, seed, split, surgery):
+    """{gates: [score of each task]} after all tasks of a measure are learned."""
+    args, model, tokenizer = setup(seed, split)
+    tasks = tasks_of(what, args, model, tokenizer)
+    adapter = learned(what, name, args, model, tokenizer, tasks)
+    return operated(adapter, model, tokenizer, tasks, args, surgery)
 
 
 # ---------------------------------------------------------------- the search

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import torch
 
-import mose
 import train_trace
 from benchmarks import routing
+from mose import MoSE
 from results.report import public, spread
 from trace.scores import TASKS, mean
 
@@ -103,17 +103,10 @@ def surgery(prompts=20):
         args = train_trace.Args(**json.loads(file.read_text())["args"] | {"max_test": prompts})
         base, tokenizer = train_trace.load_model(args)
         tasks = train_trace.load_tasks(args, tokenizer, base)
-        adapter = mose.MoSE.load(base, file.with_suffix(".pt"))
+        adapter = MoSE.load(base, file.with_suffix(".pt"))
+        scores = routing.operated(adapter, base, tokenizer, tasks, args, routing.SURGERY)
         for how in routing.SURGERY:
-            scores = []
-            for task, other in zip(tasks, tasks[1:] + tasks[:1]):
-                adapter.set_task(task.name)
-                wanted = how == "mean over tokens"
-                means = routing.mean_gates(adapter, tokenizer, task) if wanted else None
-                routing.operate(how, adapter, means, other.name)
-                scores.append(mean(train_trace.evaluate(base, tokenizer, None, task, args).known))
-                mose.top_k_gates = routing.real_gates
-            result[how].append(mean(scores))
+            result[how].append(mean(scores[how]))
         Path("runs/surgery.json").write_text(json.dumps(result))
     return result
 

@@ -19,7 +19,7 @@ import train_trace
 from mose import MoSE
 from results.gates import gates_of_prompt, owners
 from trace.data import cut, encode
-from trace.scores import METRICS, SCORES
+from trace.scores import SCORES
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
 LIMIT = 490_000  # bytes
@@ -106,8 +106,7 @@ def route(mose, tokenizer, args, asked):
 def gather(results, mose, routed, why, share):
     """All that the page shows; share: how much of the usual room there is for what can be cut."""
     args, tasks, examples = (next(iter(results.values()))[k] for k in ("args", "tasks", "examples"))
-    own = (pair.rpartition("=") for pair in args["metric"].split(",") if "=" in pair)
-    metrics = METRICS | {task.strip(): metric.strip() for task, _, metric in own}
+    metrics = train_trace.metrics_of(args["metric"])
     asked, size, last = questions(results), int(600 * share), int(96 * share)
 
     def by_task(rows):

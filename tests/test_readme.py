@@ -16,6 +16,7 @@ import torch
 import mose
 import train_trace
 from benchmarks import routing, smollm2
+from results import page as run_page
 from results import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,7 @@ def test_the_table_of_choices_is_that_of_the_code():
 def test_the_results_table_is_that_of_the_json():
     tiny = report.load([ROOT / "results/trace-mini.json"])
     real = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), "mini ")
+    assert {*report.STYLES} == {*run_page.METHODS} == {*train_trace.METHODS}
     assert {*tiny} == {*train_trace.METHODS} and {*real} >= {*smollm2.MINI}
     for method in train_trace.METHODS:
         cells = []

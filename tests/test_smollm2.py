@@ -7,7 +7,6 @@ environment variable SMOLLM2 names; it is fetched if it is not there yet (93 MB 
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assets import get_smollm2
 from mose import MoSE
+from trace.data import encode, pad, read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,16 +150,8 @@ def load(folder):
 
 def encoded(tokenizer, task, split):
     """A task's examples, the shortest first: ids of (prompt with BOS, answer with EOS)."""
-    rows = json.loads((ROOT / "assets/trace-mini" / task / f"{split}.json").read_text())
-    pairs = [([tokenizer.bos_token_id] + tokenizer(row["prompt"])["input_ids"],
-              tokenizer(row["answer"])["input_ids"] + [tokenizer.eos_token_id]) for row in rows]
+    pairs = [encode(tokenizer, row) for row in read(str(ROOT / "assets/trace-mini"), task, split)]
     return sorted(pairs, key=lambda pair: len(pair[0]))
-
-
-def pad(rows, value):
-    """Lists of ids as (B, T), and its attention mask."""
-    rows = [torch.tensor(row) for row in rows]
-    return pad_sequence(rows, True, value), pad_sequence([torch.ones_like(r) for r in rows], True)
 
 
 def logits(mose, name, ids, mask):
