@@ -171,7 +171,7 @@ def averages(matrices):
 
 def draw_growth(results, file):
     """Average score over seen tasks, share of the pool in use and bytes, after each task."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     tasks = next(iter(results.values()))[0]["tasks"]
     x = range(1, len(tasks) + 1)
     for method, runs in results.items():
@@ -194,8 +194,8 @@ def draw_growth(results, file):
         axis.set_xticks(x, tasks, rotation=45, ha="right", fontsize=8)
         axis.set_xlabel("after learning")
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
+    once = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(once.values(), once, loc="outside lower center", ncols=9, fontsize=8)
     figure.suptitle(title_of(results), fontsize=9)
     figure.savefig(file, dpi=110)
     plt.close(figure)
