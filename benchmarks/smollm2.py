@@ -2,14 +2,16 @@
 
     python -m benchmarks.smollm2 search              # rates, on `eval` of four tasks
     python -m benchmarks.smollm2 mini                # five methods on trace-mini, three seeds
+    python -m benchmarks.smollm2 long                # the same with four epochs in place of one
     python -m benchmarks.smollm2 ablation            # one change at a time, on `eval` of four tasks
     python -m benchmarks.smollm2 surgery             # other gates in the place of MoSEs' own
     python -m benchmarks.smollm2 trace --data PATH   # TRACE-0.5K: the tasks with short prompts
+    python -m benchmarks.smollm2 whole --data PATH   # TRACE-0.5K: all eight tasks
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
 Most are a list of runs of train_trace.py, two at a time with one thread each, into runs/. Called
 again, it goes on where it was stopped. Two cores train some 450 tokens a second in all, so a task
-of trace-mini has one epoch here, 25 steps, in place of four.
+of trace-mini has one epoch in `mini`, 25 steps, in place of the default's four.
 
 Rule of the search, written before it ran: seed 0, the tasks of SEARCH in a row, one epoch each, all
 scored on `eval` at the end. LoRA's rate is the one with the largest OP of task_lora among 3e-4,
@@ -23,7 +25,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ MINI = ("lora", "replay", "joint", "task_lora", "mose")
 ABLATION = {
     "one expert of rank 64, scale 4": "--experts 1 --rank 64 --top_k 1 --scale 4",
     "density 0.1": "--density 0.1",
+    "half the scale": "--scale 4",
+    "twice the scale": "--scale 16",
     "q, k, v and o": "--targets q_proj,k_proj,v_proj,o_proj",
     "mask never learned": "train_trace.KINDS['mose'] = FixedMask",
     "no start from a finished task": "train_trace.probe = lambda *given: 1.0",
@@ -70,14 +73,15 @@ def jobs(what, args):
         search += ["--methods", "mose", "--lr", args.lr]
         return {f"ablation {name}": (code, [*search, *options])
                 for name, (code, options) in changes.items()}
-    if what == "mini":
+    if what in ("mini", "long"):
         every = [("0", "floor,base")] + [("0", method) for method in MINI]
         every += [(seed, method) for seed in "12" for method in ("mose", "lora", "task_lora")]
         every += [(seed, method) for seed in "12" for method in ("replay", "joint")]
-        return {f"mini {method} {seed}": ("", [*own, "--methods", method, "--seeds", seed])
+        own += ["--epochs", "4"] if what == "long" else []
+        return {f"{what} {method} {seed}": ("", [*own, "--methods", method, "--seeds", seed])
                 for seed, method in every}
-    own += ["--data", str(args.data), "--tasks", SHORT]
-    return {f"trace {methods} 0": ("", [*own, "--methods", methods]) for methods in
+    own += ["--data", str(args.data), "--tasks", SHORT if what == "trace" else ",".join(TASKS)]
+    return {f"{what} {methods} 0": ("", [*own, "--methods", methods]) for methods in
             ("floor,base", "mose", "lora", "task_lora", "replay", "joint")}
 
 
@@ -88,6 +92,10 @@ def work(name, code, options, model):
     if all((folder / f"{method}.json").exists() for method in methods):
         return
     again = ["--resume", str(folder)] if (folder / "args.json").exists() else None
+    if not again:
+        Path(f"runs/{name}.commit").write_text(subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
+            stdout=subprocess.PIPE, text=True).stdout.strip())
     command = [sys.executable, "-c", SCRIPT, code,
                *(again or ["--model", model, "--name", name, *options])]
     with open(f"runs/{name}.log", "a") as log:
@@ -119,6 +127,7 @@ def collected():
     files = [file for file in sorted(Path("runs").glob("* */*.json"))
              if file.name != "args.json" and not file.name.endswith("progress.json")]
     runs = {f"{file.parent.name}: {file.stem}": public(json.loads(file.read_text()))
+            | {"commit": file.parent.with_name(f"{file.parent.name}.commit").read_text()}
             for file in files}
     other = Path("runs/surgery.json")
     return {"runs": runs, "surgery": json.loads(other.read_text()) if other.exists() else {}}
@@ -133,93 +142,126 @@ def of(results, start):
     return {method: found[method] for method in train_trace.METHODS if method in found}
 
 
-def by_task(results, start, tasks):
-    """A table of what is left of each task at the end; "learned" and BWT for those in a row."""
-    lines = ["| method | seeds | OP | BWT | learned | OP, inferred | bytes | "
-             + " | ".join(tasks) + " |", "|---" * (7 + len(tasks)) + "|"]
-    for method, runs in of(results, start).items():
+def cost(runs):
+    """What the runs took, in words."""
+    testing = sum(r["seconds_testing"] for r in runs)
+    seconds = testing + sum(r["seconds_training"] for r in runs)
+    return (f"{seconds / 3600:.1f} hours in all, {testing / seconds:.0%} of them for testing; at "
+            f"most {max(r['peak_memory_bytes'] for r in runs) / 2**30:.1f} GiB")
+
+
+def rates(results):
+    """Lines: the search of the learning rates."""
+    yield ("\n## Rates\n\n" + SEARCH.replace(",", ", ") + " of trace-mini (synthetic) in a row, "
+           "seed 0, 25 steps a task, scored on `eval` (50 examples a task) at the end; the rule "
+           "stands in the script.\n")
+    yield "| method | rate | OP | " + SEARCH.replace(",", " | ") + " |"
+    yield "|---" * 7 + "|"
+    for name, r in results["runs"].items():
+        if name.startswith("search "):
+            yield (f"| `{r['method']}` | {name.split()[2][:-1]} | {r['op']:.1f} | "
+                   + " | ".join(f"{score:.1f}" for score in r["R"][-1]) + " |")
+
+
+def table(results, start, title, about, tasks):
+    """Lines: each method, and what is left of each task at the end."""
+    methods = of(results, start)
+    if "mose" not in methods:
+        return
+    yield f"\n## {title}\n\n{about}\n"
+    yield ("| method | seeds | OP | BWT | learned | OP, inferred | bytes | "
+           + " | ".join(tasks) + " |")
+    yield "|---" * (7 + len(tasks)) + "|"
+    for method, runs in methods.items():
         cells = [spread([r[key] for r in runs]) for key in ("op", "bwt", "learned", "op_tail")]
         sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
         cells.append(f"{mean(sizes):,.0f}" if sizes else "")
         cells += [spread(column) for column in zip(*(r["R"][-1] for r in runs))]
-        lines.append(f"| `{method}` | {len(runs)} | " + " | ".join(cells) + " |")
-    return lines
+        yield f"| `{method}` | {len(runs)} | " + " | ".join(cells) + " |"
+    trained = [r for runs in methods.values() for r in runs if r["tokens"]]
+    mose = methods["mose"]
+    yield (f"\nMoSEs at a rate of {mose[0]['args']['lr']}, LoRAs at {mose[0]['args']['lora_lr']}; "
+           f"commit {', '.join(sorted({r['commit'] for r in trained}))}; {cost(trained)}.")
+    right = [share for r in mose for share in r["task_id_accuracy"]]
+    sources = sorted({f"{task} from {source}" for r in mose
+                      for task, source in zip(r["tasks"], r["source"]) if source})
+    yield (f"MoSEs infer the task of {mean(right):.2f} % of the test prompts right, and have "
+           f"{mean([r['bytes'][-1] for r in mose]) / len(tasks):,.0f} bytes a task. Tasks that "
+           f"start from another: {', '.join(sources) or 'none'}.")
+    yield "\nAbove `floor` right after learning (less than ten points says nothing):\n"
+    yield "| method | " + " | ".join(tasks) + " |"
+    yield "|---" * (1 + len(tasks)) + "|"
+    floor = methods["floor"][0]["R"][-1]
+    for method, runs in methods.items():
+        # (The first score of a task is the one right after learning.)
+        scores = [[next(score for score in column if score is not None)
+                   for column in zip(*r["R"])] for r in runs]
+        yield f"| `{method}` | " + " | ".join(
+            f"{mean(column) - low:+.1f}" for column, low in zip(zip(*scores), floor)) + " |"
+
+
+def gates(results):
+    """Lines: the surgery."""
+    if not results["surgery"]:
+        return
+    yield ("\n## Other gates than its own\n\nMoSEs of the first table of trace-mini, 20 `test` "
+           "prompts a task; difference to its own gates, paired over seeds.\n")
+    yield "| gates | OP | difference |"
+    yield "|---|---|---|"
+    own = results["surgery"]["own"]
+    for how, ops in results["surgery"].items():
+        yield f"| {how} | {spread(ops)} | {spread([a - b for a, b in zip(ops, own)])} |"
+
+
+def ablation(results):
+    """Lines: one change at a time, beside the run of the search that it changes."""
+    rows = {name.removeprefix("ablation ").removesuffix(": mose"): r
+            for name, r in results["runs"].items() if name.startswith("ablation ")}
+    if not rows:
+        return
+    same = max((r for name, r in results["runs"].items() if name.startswith("search mose")),
+               key=lambda r: r["op"])
+    yield ("\n## One change at a time\n\nAs under Rates, one seed: differences of a few points say "
+           f"nothing. {cost(rows.values())}.\n")
+    yield ("| changed | OP | " + SEARCH.replace(",", " | ") + " | bytes | starts from another |")
+    yield "|---" * 8 + "|"
+    for name, r in {"nothing": same, **rows}.items():
+        yield (f"| {name} | {r['op']:.1f} | " + " | ".join(f"{x:.1f}" for x in r["R"][-1])
+               + f" | {r['bytes'][-1]:,} | {sum(source is not None for source in r['source'])} |")
 
 
 def report(results):
     """Markdown from the JSON alone."""
-    runs = results["runs"]
-    some = next(iter(runs.values()))
-    trained = [r for r in runs.values() if r["tokens"]]
-    hours = sum(r["seconds_training"] + r["seconds_testing"] for r in runs.values()) / 3600
-    share = statistics.mean(r["seconds_testing"] / (r["seconds_testing"] + r["seconds_training"])
-                            for r in trained)
-    memory = max(r["peak_memory_bytes"] for r in trained) / 2**30
+    runs = [r for r in results["runs"].values() if r["tokens"]]
+    lora = next(r for r in runs if r["method"] == "task_lora")
+    mini = ("All eight tasks in a row, {} steps a task, 100 `test` examples a task; ±: deviation "
+            "over seeds (0, 1, ..). Scores of the tasks are those at the end.")
+    real = ("One epoch, all training examples (500; MeetingBank 376, a stand-in) and all of `test` "
+            "(100; NumGLUE-cm 81), seed 0. `base` is zero-shot, `floor` a guess without a model.")
     lines = [
         "# A pretrained base: SmolLM2-135M-Instruct\n",
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
-        "weights. `python -m benchmarks.smollm2 search`, then `mini`, `ablation`, `surgery`, "
-        f"`trace`, `report`; {some['device']} for each run, two runs at a time on two cores (and, "
-        f"at times, other work beside them), {hours:.1f} hours in all; testing took {share:.0%} of "
-        f"the time, and the peak memory was {memory:.1f} GiB. [`smollm2.json`](smollm2.json) holds "
-        "every number. What is missing below has not been run yet.\n",
-        "## Rates\n", f"{SEARCH} of trace-mini (synthetic) in a row, seed 0, 25 steps a task, "
-        "scored on `eval` (50 examples a task) at the end; the rule stands in the script.\n",
-        "| method | rate | OP | " + SEARCH.replace(",", " | ") + " |", "|---" * 7 + "|"]
-    for name, r in runs.items():
-        if name.startswith("search "):
-            lines.append(f"| `{r['method']}` | {name.split()[2][:-1]} | {r['op']:.1f} | "
-                         + " | ".join(f"{score:.1f}" for score in r["R"][-1]) + " |")
-    mini = of(results, "mini ")
-    if "mose" in mini:
-        lines += ["\n## trace-mini (synthetic)\n", "All eight tasks in a row, 25 steps a task, 100 "
-                  f"`test` examples a task, MoSEs at {mini['mose'][0]['args']['lr']}, LoRAs at "
-                  f"{mini['mose'][0]['args']['lora_lr']}; ±: deviation over seeds (0, 1, ..). "
-                  "Scores of the tasks are those at the end.\n", *by_task(results, "mini ", TASKS)]
-        right = [share for r in mini["mose"] for share in r["task_id_accuracy"]]
-        sources = {f"{task} from {source}" for r in mini["mose"]
-                   for task, source in zip(r["tasks"], r["source"]) if source}
-        each = mini["mose"][0]["bytes"][-1] / len(TASKS)
-        lora = 2 * mini["lora"][0]["parameters"]
-        lines.append(f"\nMoSEs: the task of a test prompt is inferred right in "
-                     f"{statistics.mean(right):.2f} %; {each:,.0f} bytes a task, where a LoRA "
-                     f"of rank 8 in bf16 has {lora:,}; tasks that start from another: "
-                     f"{', '.join(sorted(sources)) or 'none'}.")
-        scores = [mean(column) for column in zip(*(r["R"][-1] for r in mini["mose"]))]
-        near = [task for task, x, y in zip(TASKS, scores, mini["floor"][0]["R"][-1]) if x < y + 10]
-        lines.append(f"Less than ten points above `floor`, so hardly learned: {', '.join(near)}.")
-    if results["surgery"]:
-        own = results["surgery"]["own"]
-        lines += ["\n## Other gates than its own\n", "MoSEs of the table above, 20 `test` prompts "
-                  "a task; difference to its own gates, paired over seeds.\n",
-                  "| gates | OP | difference |", "|---|---|---|"]
-        for how, ops in results["surgery"].items():
-            lines.append(f"| {how} | {spread(ops)} | "
-                         f"{spread([a - b for a, b in zip(ops, own)])} |")
-    if any(name.startswith("ablation ") for name in runs):
-        lines += ["\n## One change at a time\n", "As under Rates, one seed: differences of a few "
-                  "points say nothing.\n", "| changed | OP | bytes | starts from another |",
-                  "|---|---|---|---|"]
-        best = max((r for n, r in runs.items() if n.startswith("search mose")),
-                   key=lambda r: r["op"])
-        rows = {"nothing": best} | {name.removeprefix("ablation ").removesuffix(": mose"): r
-                                    for name, r in runs.items() if name.startswith("ablation ")}
-        lines += [f"| {name} | {r['op']:.1f} | {r['bytes'][-1]:,} | "
-                  f"{sum(source is not None for source in r['source'])} |"
-                  for name, r in rows.items()]
-    if of(results, "trace "):
-        lines += ["\n## TRACE-0.5K, the tasks with short prompts\n", "One epoch, all 500 training "
-                  "and 100 `test` examples (NumGLUE-cm 81), seed 0. `base` is zero-shot, `floor` "
-                  "a guess without a model.\n", *by_task(results, "trace ", SHORT.split(","))]
+        "weights. `python -m benchmarks.smollm2 search`, then `mini`, `long`, `ablation`, "
+        f"`surgery`, `trace`, `whole`, `report`; {runs[0]['device']} for each run, two runs at a "
+        "time on two cores, and at times other work beside them, so hours compare with nothing. "
+        f"{cost(runs)}. A LoRA of rank 8 in bf16 has {2 * lora['parameters']:,} bytes a task. "
+        "[`smollm2.json`](smollm2.json) holds every number. What is missing was not measured.",
+        *rates(results),
+        *table(results, "mini ", "trace-mini (synthetic)", mini.format(25), TASKS),
+        *table(results, "long ", "trace-mini, four epochs", mini.format(100), TASKS),
+        *gates(results), *ablation(results),
+        *table(results, "trace ", "TRACE-0.5K, the tasks with short prompts", real,
+               SHORT.split(",")),
+        *table(results, "whole ", "TRACE-0.5K, all eight tasks", real, TASKS)]
     return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("search", "mini", "ablation", "surgery", "trace",
-                                         "report"))
+    parser.add_argument("what", choices=("search", "mini", "long", "ablation", "surgery",
+                                         "trace", "whole", "report"))
     parser.add_argument("--model", default="runs/smollm2")
-    parser.add_argument("--data", help="of trace: the folder of TRACE-0.5K")
+    parser.add_argument("--data", help="of trace and whole: the folder of TRACE-0.5K")
     parser.add_argument("--lr", default="1e-2", help="of mose")
     parser.add_argument("--lora_lr", default="3e-3")
     args = parser.parse_args()
