@@ -86,7 +86,7 @@ class Args:
     lora_lr: float = option(0.0, "learning rate of all methods but mose and mose_fixed (0: lr)")
     schedule: str = option("cosine", "of the learning rate", ("cosine", "constant"))
     batch: int = option(16, "examples for one step")
-    tokens: int = option(2048, "tokens of one pass with padding; 4 times as many without gradients")
+    tokens: int = option(1536, "tokens of one pass with padding; 4 times as many without gradients")
     max_prompt: int = option(1024, "the last tokens of a prompt, which the model reads")
     max_train: int = option(0, "train on so many examples a task (0: all); keys see all prompts")
     max_test: int = option(0, "score so many examples a task (0: all)")
