@@ -10,8 +10,12 @@
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
 Most are a list of runs of train_trace.py, two at a time with one thread each, into runs/. Called
-again, it goes on where it was stopped. Two cores train some 450 tokens a second in all, so a task
+again, it goes on where it was stopped. Two cores train some 500 tokens a second in all, so a task
 of trace-mini has one epoch in `mini`, 25 steps, in place of the default's four.
+
+On an AMD core MKL takes kernels of half the speed. The runs of commit 9ff157e and later preloaded a
+library (LD_PRELOAD) that holds `int mkl_serv_intel_cpu_true(void) { return 1; }`, so that it takes
+those for AVX-512. All runs are in fp32.
 
 Rule of the search, written before it ran: seed 0, the tasks of SEARCH in a row, one epoch each, all
 scored on `eval` at the end. LoRA's rate is the one with the largest OP of task_lora among 3e-4,
@@ -49,6 +53,7 @@ ABLATION = {
     "twice the scale": "--scale 16",
     "q, k, v and o": "--targets q_proj,k_proj,v_proj,o_proj",
     "mask never learned": "train_trace.KINDS['mose'] = FixedMask",
+    "router never trained": "train_trace.KINDS['mose'] = train_trace.KINDS['mose_fixed']",
     "no start from a finished task": "train_trace.probe = lambda *given: 1.0",
 }
 # One script for all runs: what is changed in the code stands before its options.
@@ -243,7 +248,8 @@ def report(results):
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 search`, then `mini`, `long`, `ablation`, "
         f"`surgery`, `trace`, `whole`, `report`; {runs[0]['device']} for each run, two runs at a "
-        "time on two cores, and at times other work beside them, so hours compare with nothing. "
+        "time on two cores. Other work ran beside some, and those of commit 9ff157e and later took "
+        "other kernels (see the script), twice as fast: the hours compare with nothing. "
         f"{cost(runs)}. A LoRA of rank 8 in bf16 has {2 * lora['parameters']:,} bytes a task. "
         "[`smollm2.json`](smollm2.json) holds every number. What is missing was not measured.",
         *rates(results),
