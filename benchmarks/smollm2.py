@@ -197,7 +197,7 @@ def table(results, start, title, about, tasks):
     yield "| method | " + " | ".join(tasks) + " |"
     yield "|---" * (1 + len(tasks)) + "|"
     floor = methods["floor"][0]["R"][-1]
-    for method, runs in methods.items():
+    for method, runs in [(m, runs) for m, runs in methods.items() if m not in ("floor", "base")]:
         # (The first score of a task is the one right after learning.)
         scores = [[next(score for score in column if score is not None)
                    for column in zip(*r["R"])] for r in runs]
