@@ -86,7 +86,7 @@ class Args:
     lora_lr: float = option(0.0, "learning rate of all methods but mose and mose_fixed (0: lr)")
     schedule: str = option("cosine", "of the learning rate", ("cosine", "constant"))
     batch: int = option(16, "examples for one step")
-    tokens: int = option(1536, "tokens of one pass with padding; 4 times as many without gradients")
+    tokens: int = option(1536, "tokens of one pass, with padding; a probe has 4 times, answers 8")
     max_prompt: int = option(1024, "the last tokens of a prompt, which the model reads")
     max_train: int = option(0, "train on so many examples a task (0: all); keys see all prompts")
     max_test: int = option(0, "score so many examples a task (0: all)")
@@ -264,7 +264,8 @@ def generate(model, tokenizer, task, rows, args, before=None):
     """Greedy answers {row: text} to test prompts, from the prompts alone; before(batch) first."""
     prompts = {i: cut(task.test[i], task.limit, tokenizer.bos_token_id) for i in rows}
     texts = {}
-    groups = passes(rows, 4 * args.tokens, lambda i: len(prompts[i]) + task.max_new)
+    # A token in a cache takes far less memory than in a step, and larger passes decode faster.
+    groups = passes(rows, 8 * args.tokens, lambda i: len(prompts[i]) + task.max_new)
     for some in processes.share(groups):
         if before:
             before(some)
