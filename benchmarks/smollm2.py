@@ -1,7 +1,7 @@
 """A pretrained base: SmolLM2-135M-Instruct (dequantised from Q4_1, see assets/get_smollm2.py).
 
     python -m benchmarks.smollm2 search              # rates, on `eval` of four tasks
-    python -m benchmarks.smollm2 mini                # five methods on trace-mini, three seeds
+    python -m benchmarks.smollm2 mini                # six methods on trace-mini, three seeds
     python -m benchmarks.smollm2 long                # the same with four epochs in place of one
     python -m benchmarks.smollm2 ablation            # one change at a time, on `eval` of four tasks
     python -m benchmarks.smollm2 surgery             # other gates in the place of MoSEs' own
@@ -82,6 +82,7 @@ def jobs(what, args):
         every = [("0", "floor,base")] + [("0", method) for method in MINI]
         every += [(seed, method) for seed in "12" for method in ("mose", "lora", "task_lora")]
         every += [(seed, method) for seed in "12" for method in ("replay", "joint")]
+        every += [(seed, "mose_fixed") for seed in "012"]
         own += ["--epochs", "4"] if what == "long" else []
         return {f"{what} {method} {seed}": ("", [*own, "--methods", method, "--seeds", seed])
                 for seed, method in every}
