@@ -99,9 +99,9 @@ def work(name, code, options, model):
         return
     again = ["--resume", str(folder)] if (folder / "args.json").exists() else None
     if not again:
-        Path(f"runs/{name}.commit").write_text(subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True,
-            stdout=subprocess.PIPE, text=True).stdout.strip())
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                                capture_output=True, text=True).stdout.strip()
+        Path(f"runs/{name}.commit").write_text(commit or "unknown")
     command = [sys.executable, "-c", SCRIPT, code,
                *(again or ["--model", model, "--name", name, *options])]
     with open(f"runs/{name}.log", "a") as log:
