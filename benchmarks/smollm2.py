@@ -227,8 +227,9 @@ def ablation(results):
         return
     same = max((r for name, r in results["runs"].items() if name.startswith("search mose")),
                key=lambda r: r["op"])
-    yield ("\n## One change at a time\n\nAs under Rates, one seed: differences of a few points say "
-           f"nothing. {cost(rows.values())}.\n")
+    yield ("\n## One change at a time\n\nAs under Rates, one seed, which says little: a router "
+           "that is never trained loses much here, and nothing in the first table, where "
+           f"`mose_fixed` has three. {cost(rows.values())}.\n")
     yield ("| changed | OP | " + SEARCH.replace(",", " | ") + " | bytes | starts from another |")
     yield "|---" * 8 + "|"
     for name, r in {"nothing": same, **rows}.items():
