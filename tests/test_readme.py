@@ -100,7 +100,7 @@ def test_numbers_with_a_deviation_stand_in_a_file_of_results():
              if page != claims]
     text = re.sub(r"(?m)^\| `.*$", "", README)  # but the table, see above
     for page in (text, claims.read_text(encoding="utf-8")):
-        numbers = re.findall(r"\d+\.\d ± \d+\.\d", page)
+        numbers = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", page)
         assert [n for n in numbers if n not in "".join(pages)] == [] and numbers
 
 
