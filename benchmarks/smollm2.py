@@ -7,6 +7,7 @@
     python -m benchmarks.smollm2 surgery             # other gates in the place of MoSEs' own
     python -m benchmarks.smollm2 trace --data PATH   # TRACE-0.5K: the tasks with short prompts
     python -m benchmarks.smollm2 whole --data PATH   # TRACE-0.5K: all eight tasks
+    python -m benchmarks.smollm2 memory --data PATH  # its longest answers and prompts: peak memory
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
 Most are a list of runs of train_trace.py, two at a time with one thread each, into runs/. Called
@@ -86,6 +87,10 @@ def jobs(what, args):
         own += ["--epochs", "4"] if what == "long" else []
         return {f"{what} {method} {seed}": ("", [*own, "--methods", method, "--seeds", seed])
                 for seed, method in every}
+    if what == "memory":
+        return {"memory mose 0": ("", [
+            *own, "--data", str(args.data), "--tasks", "ScienceQA,MeetingBank", "--methods", "mose",
+            "--max_train", "96", "--max_test", "20"])}
     own += ["--data", str(args.data), "--tasks", SHORT if what == "trace" else ",".join(TASKS)]
     return {f"{what} {methods} 0": ("", [*own, "--methods", methods]) for methods in
             ("floor,base", "mose", "lora", "task_lora", "replay", "joint")}
@@ -249,9 +254,9 @@ def report(results):
         "# A pretrained base: SmolLM2-135M-Instruct\n",
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 search`, then `mini`, `long`, `ablation`, "
-        f"`surgery`, `trace`, `whole`, `report`; {runs[0]['device']} for each run, two runs at a "
-        "time on two cores. Other work ran beside some, and those of commit 9ff157e and later took "
-        "other kernels (see the script), twice as fast: the hours compare with nothing. "
+        f"`surgery`, `trace`, `whole`, `memory`, `report`; {runs[0]['device']} for each run, two "
+        "runs at a time on two cores. Other work ran beside some, and those of commit 9ff157e and "
+        "later took other kernels (see the script), twice as fast: the hours compare with nothing. "
         f"{cost(runs)}. A LoRA of rank 8 in bf16 has {2 * lora['parameters']:,} bytes a task. "
         "[`smollm2.json`](smollm2.json) holds every number. What is missing was not measured.",
         *rates(results),
@@ -261,15 +266,19 @@ def report(results):
         *table(results, "trace ", "TRACE-0.5K, the tasks with short prompts", real,
                SHORT.split(",")),
         *table(results, "whole ", "TRACE-0.5K, all eight tasks", real, TASKS)]
+    for run in of(results, "memory ").get("mose", []):
+        lines += [f"\n## Memory\n\nScienceQA and MeetingBank of TRACE-0.5K, 96 training examples "
+                  f"each, --tokens {run['args']['tokens']}: {cost([run])}. (Runs of TRACE before "
+                  "commit 1f434ae had 2048 tokens.)"]
     return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("search", "mini", "long", "ablation", "surgery",
-                                         "trace", "whole", "report"))
+                                         "trace", "whole", "memory", "report"))
     parser.add_argument("--model", default="runs/smollm2")
-    parser.add_argument("--data", help="of trace and whole: the folder of TRACE-0.5K")
+    parser.add_argument("--data", help="of trace, whole, memory: the folder of TRACE-0.5K")
     parser.add_argument("--lr", default="1e-2", help="of mose")
     parser.add_argument("--lora_lr", default="3e-3")
     args = parser.parse_args()
