@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "C-STANCE,FOMC,ScienceQA,NumGLUE-ds"
 SHORT = "C-STANCE,FOMC,ScienceQA,NumGLUE-cm,NumGLUE-ds"  # of TRACE: prompts of few tokens
 RATES = {"task_lora": ("3e-4", "1e-3", "3e-3", "1e-2"), "mose": ("1e-3", "3e-3", "1e-2", "3e-2")}
-MINI = ("lora", "replay", "joint", "task_lora", "mose")
+MINI = ("lora", "replay", "joint", "task_lora", "mose", "mose_fixed")
 ABLATION = {
     "one expert of rank 64, scale 4": "--experts 1 --rank 64 --top_k 1 --scale 4",
     "density 0.1": "--density 0.1",
@@ -80,18 +80,15 @@ def jobs(what, args):
         return {f"ablation {name}": (code, [*search, *options])
                 for name, (code, options) in changes.items()}
     if what in ("mini", "long"):
-        every = [("0", "floor,base")] + [("0", method) for method in MINI]
-        every += [(seed, method) for seed in "12" for method in ("mose", "lora", "task_lora")]
-        every += [(seed, method) for seed in "12" for method in ("replay", "joint")]
-        every += [(seed, "mose_fixed") for seed in "012"]
+        every = [("0", "floor,base"), *((seed, method) for seed in "012" for method in MINI)]
         own += ["--epochs", "4"] if what == "long" else []
         return {f"{what} {method} {seed}": ("", [*own, "--methods", method, "--seeds", seed])
                 for seed, method in every}
+    own += ["--data", str(args.data)]
     if what == "memory":
-        return {"memory mose 0": ("", [
-            *own, "--data", str(args.data), "--tasks", "ScienceQA,MeetingBank", "--methods", "mose",
-            "--max_train", "96", "--max_test", "20"])}
-    own += ["--data", str(args.data), "--tasks", SHORT if what == "trace" else ",".join(TASKS)]
+        own += ["--tasks", "ScienceQA,MeetingBank", "--max_train", "96", "--max_test", "20"]
+        return {"memory mose 0": ("", [*own, "--methods", "mose"])}
+    own += ["--tasks", SHORT] if what == "trace" else []
     return {f"{what} {methods} 0": ("", [*own, "--methods", methods]) for methods in
             ("floor,base", "mose", "lora", "task_lora", "replay", "joint")}
 
