@@ -100,10 +100,11 @@ def work(name, code, options, model):
     if all((folder / f"{method}.json").exists() for method in methods):
         return
     again = ["--resume", str(folder)] if (folder / "args.json").exists() else None
-    if not again:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                                capture_output=True, text=True).stdout.strip()
-        Path(f"runs/{name}.commit").write_text(commit or "unknown")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                            capture_output=True, text=True).stdout.strip() or "unknown"
+    file = Path(f"runs/{name}.commit")  # of all its commits: it may have gone on with another
+    commits = file.read_text().split(", ") if again else []
+    file.write_text(", ".join(dict.fromkeys([*commits, commit])))
     command = [sys.executable, "-c", SCRIPT, code,
                *(again or ["--model", model, "--name", name, *options])]
     with open(f"runs/{name}.log", "a") as log:
@@ -188,8 +189,9 @@ def table(results, start, title, about, tasks):
         yield f"| `{method}` | {len(runs)} | " + " | ".join(cells) + " |"
     trained = [r for runs in methods.values() for r in runs if r["tokens"]]
     mose = methods["mose"]
+    commits = sorted({commit for r in trained for commit in r["commit"].split(", ")})
     yield (f"\nMoSEs at a rate of {mose[0]['args']['lr']}, LoRAs at {mose[0]['args']['lora_lr']}; "
-           f"commit {', '.join(sorted({r['commit'] for r in trained}))}; {cost(trained)}.")
+           f"commit {', '.join(commits)}; {cost(trained)}.")
     right = [share for r in mose for share in r["task_id_accuracy"]]
     sources = sorted({f"{task} from {source}" for r in mose
                       for task, source in zip(r["tasks"], r["source"]) if source})
