@@ -48,17 +48,19 @@ def test_the_table_of_choices_is_that_of_the_code():
 def test_the_results_table_is_that_of_the_json():
     tiny = report.load([ROOT / "results/trace-mini.json"])
     every = json.loads((ROOT / "results/smollm2.json").read_text())
-    real, trace = smollm2.of(every, "mini "), smollm2.of(every, "trace ")
+    real, long, trace = (smollm2.of(every, kind) for kind in ("mini ", "long ", "trace "))
     assert {*report.STYLES} == {*run_page.METHODS} == {*train_trace.METHODS}
-    assert {*tiny} == {*train_trace.METHODS} and {*real} >= {*smollm2.MINI} and "mose" in trace
+    assert {*tiny} == {*train_trace.METHODS} and {*real} >= {*smollm2.MINI}
+    assert {*long} >= {*smollm2.MINI} - {"mose_fixed"} and "mose" in trace
     for method in train_trace.METHODS:
         cells = []
-        for results, sized in ((real, True), (trace, False), (tiny, True)):
+        for results, keys in ((real, ["op"]), (long, ["op", "bwt", "bytes"]),
+                              (trace, ["op", "bwt"]), (tiny, ["op", "bwt", "bytes"])):
             runs = results.get(method, [])
             cells += [report.spread([r[key] for r in runs]) if runs else ""
-                      for key in ("op", "bwt")]
+                      for key in keys if key != "bytes"]
             sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
-            cells += [f"{statistics.mean(sizes):,.0f}" if sizes else ""] if sized else []
+            cells += [f"{statistics.mean(sizes):,.0f}" if sizes else ""] if "bytes" in keys else []
         row, = re.findall(rf"^\| `{method}` \| [^|]* \| (.*) \|$", README, re.M)
         assert row == " | ".join(cells)
 
