@@ -9,11 +9,13 @@
     python -m benchmarks.smollm2 trace --data PATH   # TRACE-0.5K: the tasks with short prompts
     python -m benchmarks.smollm2 whole --data PATH   # TRACE-0.5K: all eight tasks
     python -m benchmarks.smollm2 memory --data PATH  # its longest answers and prompts: peak memory
+    python -m benchmarks.smollm2 gpu --data PATH     # one GPU, TRACE's epochs: train_trace's preset
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
-Most are a list of runs of train_trace.py, two at a time with one thread each, into runs/. Called
-again, it goes on where it was stopped. Two cores train some 500 tokens a second in all, so a task
-of trace-mini has one epoch in `mini`, 25 steps, in place of the default's four.
+Most are a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
+`gpu` share it, all at the same time. Called again, it goes on where it was stopped. Two cores train
+some 500 tokens a second in all, so a task of trace-mini has one epoch in `mini`, 25 steps, in place
+of the default's four.
 
 On an AMD core MKL takes kernels of half the speed. The runs of commit 9ff157e and later preloaded a
 library (LD_PRELOAD) that holds `int mkl_serv_intel_cpu_true(void) { return 1; }`, so that it takes
@@ -76,6 +78,10 @@ def jobs(what, args):
     short = ["--epochs", "1", "--test", "ends"]
     search = [*short, "--tasks", SEARCH, "--split", "eval"]
     own = [*short, "--lr", args.lr, "--lora_lr", args.lora_lr]
+    if what == "gpu":
+        return {f"gpu {methods} 0": ("", ["--preset", "gpu", "--data", str(args.data),
+                                          "--methods", methods])
+                for methods in ("floor,base", "mose", "lora", "task_lora")}
     if what in ("search", "search100"):
         rates = RATES_100 if what == "search100" else RATES
         search += ["--epochs", "4"] if what == "search100" else []
@@ -285,9 +291,9 @@ def report(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("search", "search100", "mini", "long", "ablation",
-                                         "surgery", "trace", "whole", "memory", "report"))
+                                         "surgery", "trace", "whole", "memory", "gpu", "report"))
     parser.add_argument("--model", default="runs/smollm2")
-    parser.add_argument("--data", help="of trace, whole, memory: the folder of TRACE-0.5K")
+    parser.add_argument("--data", help="of trace, whole, memory, gpu: the folder of TRACE-0.5K")
     parser.add_argument("--lr", default="1e-2", help="of mose")
     parser.add_argument("--lora_lr", default="3e-3")
     args = parser.parse_args()
@@ -299,9 +305,9 @@ def main():
         (ROOT / "results/smollm2.json").write_text(json.dumps(results) + "\n")
         (ROOT / "results/smollm2.md").write_text(report(results), encoding="utf-8")
         return print(report(results))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        every = [pool.submit(work, name, *job, args.model)
-                 for name, job in jobs(args.what, args).items()]
+    todo = jobs(args.what, args)
+    with concurrent.futures.ThreadPoolExecutor(len(todo) if args.what == "gpu" else 2) as pool:
+        every = [pool.submit(work, name, *job, args.model) for name, job in todo.items()]
         for job in every:
             job.result()
 
