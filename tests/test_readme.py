@@ -1,5 +1,6 @@
 """The README says what the code does: its choices, its limits, its code blocks, its links."""
 
+import argparse
 import dataclasses
 import doctest
 import json
@@ -68,6 +69,18 @@ def test_the_results_table_is_that_of_the_json():
 def test_the_page_on_smollm2_is_that_of_its_json():
     results = json.loads((ROOT / "results/smollm2.json").read_text())
     assert smollm2.report(results) == (ROOT / "results/smollm2.md").read_text(encoding="utf-8")
+
+
+def test_the_runs_on_smollm2_have_options_that_are_there():
+    args = argparse.Namespace(lr="1e-2", lora_lr="3e-3", data="trace_500")
+    for what in ("search", "search100", "mini", "long", "ablation", "trace", "whole", "memory",
+                 "gpu"):
+        for name, (_, options) in smollm2.jobs(what, args).items():
+            own = train_trace.parse(options)
+            assert name.startswith(f"{what} ") and {*own.methods.split(",")} <= {
+                *train_trace.METHODS}
+    with pytest.raises(SystemExit):
+        train_trace.parse([*options, "--option", "1"])
 
 
 def test_the_head_of_the_script_asks_for_what_the_requirements_do():
