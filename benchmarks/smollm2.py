@@ -16,11 +16,11 @@ Most are a list of runs of train_trace.py, two at a time with one thread each, i
 `gpu` share it, all at the same time. Called again, it goes on where it was stopped. Two cores train
 some 500 tokens a second in all, so a task of trace-mini has one epoch in `mini`, 25 steps, in place
 of the default's four. Into commit 2212850, from which `gpu` ran, its epochs and tokens were put by
-hand as they stand below. A fifth process, of `base`, ran out of memory beside the others.
+hand as they stand below. A fourth method, `base`, ran out of memory beside the others.
 
 On an AMD core MKL takes kernels of half the speed. The runs of commit 9ff157e and later preloaded a
 library (LD_PRELOAD) that holds `int mkl_serv_intel_cpu_true(void) { return 1; }`, so that it takes
-those for AVX-512. All runs are in fp32.
+those for AVX-512. All runs but `gpu` are in fp32.
 
 Rule of the search, written before it ran: seed 0, the tasks of SEARCH in a row, one epoch each, all
 scored on `eval` at the end. LoRA's rate is the one with the largest OP of task_lora among 3e-4,
@@ -81,7 +81,7 @@ def jobs(what, args):
     own = [*short, "--lr", args.lr, "--lora_lr", args.lora_lr]
     if what == "gpu":
         own = ["--preset", "gpu", "--epochs", "short", "--tokens", "20000", "--data",
-               str(args.data)]  # two more methods at the same time do not fit into 80 GB
+               str(args.data)]  # a fourth did not fit into 80 GB beside them
         return {f"gpu {method} 0": ("", [*own, "--methods", method])
                 for method in ("floor", "mose", "lora", "task_lora")}
     if what in ("search", "search100"):
@@ -284,7 +284,7 @@ def report(results):
         "# A pretrained base: SmolLM2-135M-Instruct\n",
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 search`, then `mini`, `long`, `search100`, "
-        f"`ablation`, `surgery`, `trace`, `whole`, `memory`, `gpu`, `report`; but for `gpu`, "
+        "`ablation`, `surgery`, `trace`, `whole`, `memory`, `gpu`, `report`; but for `gpu`, "
         f"{runs[0]['device']} for each run, two runs at a time on two cores. Other work ran beside "
         "some, and those of commit 9ff157e and later took other kernels (see the script), twice as "
         f"fast: the hours compare with nothing. {cost(runs)}. A LoRA of rank 8 in bf16 has "
