@@ -1,7 +1,7 @@
 """The continual loop of TRACE: learn eight tasks in a row, and test every seen task after each one.
 
     python train_trace.py                   # two CPU cores: tiny-llm on trace-mini, in 4 minutes
-    python train_trace.py --preset gpu      # one GPU: SmolLM2-135M on TRACE-0.5K, all epochs
+    python train_trace.py --preset gpu      # one GPU: SmolLM2-135M on TRACE-0.5K, TRACE's epochs
     python train_trace.py --ask runs/default/mose.pt "Dovish (A), hawkish (B) or neutral (C)? .."
 
 The first is synthetic and offline: a real causal LM of 1M parameters and eight generated stand-ins

@@ -9,7 +9,7 @@
     python -m benchmarks.smollm2 trace --data PATH   # TRACE-0.5K: the tasks with short prompts
     python -m benchmarks.smollm2 whole --data PATH   # TRACE-0.5K: all eight tasks
     python -m benchmarks.smollm2 memory --data PATH  # its longest answers and prompts: peak memory
-    python -m benchmarks.smollm2 gpu --data PATH     # one GPU: all eight tasks, some epochs
+    python -m benchmarks.smollm2 gpu --data PATH     # one GPU: all eight tasks, 1 to 3 epochs
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
 Most are a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
@@ -51,6 +51,7 @@ from results.report import public, spread
 from trace.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = ("search", "search100", "mini", "long", "ablation", "trace", "whole", "memory", "gpu")
 SEARCH = "C-STANCE,FOMC,ScienceQA,NumGLUE-ds"
 SHORT = "C-STANCE,FOMC,ScienceQA,NumGLUE-cm,NumGLUE-ds"  # of TRACE: prompts of few tokens
 RATES = {"task_lora": ("3e-4", "1e-3", "3e-3", "1e-2"), "mose": ("1e-3", "3e-3", "1e-2", "3e-2")}
@@ -272,7 +273,8 @@ def ablation(results):
 
 def report(results):
     """Markdown from the JSON alone."""
-    runs = [r for name, r in results["runs"].items() if r["tokens"] and name[:3] != "gpu"]
+    runs = [r for name, r in results["runs"].items()
+            if r["tokens"] and not name.startswith("gpu ")]
     lora = next(r for r in runs if r["method"] == "task_lora")
     mini = ("All eight tasks in a row, {} steps a task, 100 `test` examples a task; ±: deviation "
             "over seeds (0, 1, ..). Scores of the tasks are those at the end.")
@@ -314,8 +316,7 @@ def report(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("search", "search100", "mini", "long", "ablation",
-                                         "surgery", "trace", "whole", "memory", "gpu", "report"))
+    parser.add_argument("what", choices=(*RUNS, "surgery", "report"))
     parser.add_argument("--model", default="runs/smollm2")
     parser.add_argument("--data", help="of trace, whole, memory, gpu: the folder of TRACE-0.5K")
     parser.add_argument("--lr", default="1e-2", help="of mose")

@@ -73,8 +73,7 @@ def test_the_page_on_smollm2_is_that_of_its_json():
 
 def test_the_runs_on_smollm2_have_options_that_are_there():
     args = argparse.Namespace(lr="1e-2", lora_lr="3e-3", data="trace_500")
-    for what in ("search", "search100", "mini", "long", "ablation", "trace", "whole", "memory",
-                 "gpu"):
+    for what in smollm2.RUNS:
         for name, (_, options) in smollm2.jobs(what, args).items():
             own = train_trace.parse(options)
             assert name.startswith(f"{what} ") and {*own.methods.split(",")} <= {
