@@ -48,10 +48,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mose import MoSE, MoSEConfig
-from trace import processes
-from trace.data import SCHEDULES, batches, cut, encode, load_task, pad, passes
-from trace.runs import Record, Tested, claim, peak_memory
-from trace.scores import METRICS, SCORES, TASKS, floor, mean
+from tracebench import processes
+from tracebench.data import SCHEDULES, batches, cut, encode, load_task, pad, passes
+from tracebench.runs import Record, Tested, claim, peak_memory
+from tracebench.scores import METRICS, SCORES, TASKS, floor, mean
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("floor", "base", "lora", "replay", "joint", "task_lora", "moe_lora", "mose",
@@ -557,7 +557,7 @@ def main(args):
     if todo:
         session(todo, args)
     if processes.RANK == 0:
-        report = [sys.executable, "-m", "results.report", *map(str, runs)]
+        report = [sys.executable, "-m", "figures.report", *map(str, runs)]
         if subprocess.run(report, env={**os.environ, "PYTHONPATH": str(HERE)}).returncode:
             print(f"the results are safe; for their tables, in {HERE}: {' '.join(report)}")
     for lock in locks:

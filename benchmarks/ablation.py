@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import mose
 import train_trace
-from results.report import spread
-from trace.scores import mean
+from figures.report import spread
+from tracebench.scores import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ import transformers
 from tqdm import tqdm
 
 from mose import MoSE, MoSEConfig
-from results.report import aligned
+from figures.report import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 

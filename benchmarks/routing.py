@@ -42,10 +42,10 @@ from tqdm import tqdm
 import mose
 import train_trace as loop
 from benchmarks.transfer import QUIET, setup
-from results.gates import last_gates
-from results.report import spread
-from trace.data import pad
-from trace.scores import mean
+from figures.gates import last_gates
+from figures.report import spread
+from tracebench.data import pad
+from tracebench.scores import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 

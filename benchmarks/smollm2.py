@@ -47,8 +47,8 @@ import torch
 import train_trace
 from benchmarks import routing
 from mose import MoSE
-from results.report import public, spread
-from trace.scores import TASKS, mean
+from figures.report import public, spread
+from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("search", "search100", "mini", "long", "ablation", "trace", "whole", "memory", "gpu")

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import mose
 import train_trace as loop
-from results.report import spread
-from trace.data import encode, pad
-from trace.scores import TASKS, mean
+from figures.report import spread
+from tracebench.data import encode, pad
+from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,8 +13,8 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 import train_trace
 from mose import MoSE, MoSEConfig
-from results import page as subject
-from trace.data import encode
+from figures import page as subject
+from tracebench.data import encode
 
 TASKS = ["FOMC", "<b>bold</b>", "עברית 😀"]
 NASTY = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>\0\u202e &amp; 😀 שלום"

@@ -17,8 +17,8 @@ import torch
 import mose
 import train_trace
 from benchmarks import routing, smollm2
-from results import page as run_page
-from results import report
+from figures import page as run_page
+from figures import report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def tags():
 
 
 def test_the_table_of_choices_is_that_of_the_code():
-    table = (ROOT / "results/choices.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs/choices.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (CHOICE|DIFFERS) \| (.*?) \|", table, re.M)
     assert rows == tags() and len(rows) >= 8
 
@@ -166,35 +166,8 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_every_link_to_a_file_resolves():
-    for page in (ROOT / "README.md", ROOT / "theory/README.md", *(ROOT / "results").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "theory/README.md", *(ROOT / "results").glob("*.md"),
+                 *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), (page, target)
-
-
-@pytest.mark.parametrize("file, limit", [
-    ("mose.py", 320), ("train_trace.py", 420), ("test_mose.py", 400), ("results/report.py", 200),
-    ("theory/moe_theory.py", 250)])
-def test_the_limits_of_length_hold(file, limit):
-    """Lines of code: without blank lines, comments and docstrings."""
-    import ast
-    import io
-    import tokenize
-
-    source = (ROOT / file).read_text(encoding="utf-8")
-    assert max(map(len, source.splitlines())) <= 100
-    docs, code = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                docs |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-            tokenize.ENDMARKER}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in skip:
-            code |= {*range(token.start[0], token.end[0] + 1)}
-    assert len(code - docs) <= limit
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 220 and len(README.encode()) <= 14_000

@@ -16,8 +16,8 @@ from tqdm import tqdm
 import mose as module
 import train_trace
 from mose import MoSE, MoSEConfig, SubExperts, top_k_mask
-from trace import runs
-from trace.data import encode
+from tracebench import runs
+from tracebench.data import encode
 from train_trace import Args
 
 reliability = pytest.importorskip("benchmarks.reliability")  # it needs hypothesis

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from trace.scores import TASKS, backward_transfer, bootstrap, score, summarize
+from tracebench.scores import TASKS, backward_transfer, bootstrap, score, summarize
 
 ODD = ["", ".", "...", " ", "\n", "a", "a.", ".a", "a b. c d", "c d. a b", "A b", "a  b\tc", "für."]
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from assets import get_smollm2
 from mose import MoSE
-from trace.data import encode, pad, read
+from tracebench.data import encode, pad, read
 
 ROOT = Path(__file__).resolve().parent.parent
 

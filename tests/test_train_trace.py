@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 import train_trace
-from trace.data import batches, cut, encode, pad, passes, read
-from trace.runs import claim
-from trace.scores import TASKS, floor
+from tracebench.data import batches, cut, encode, pad, passes, read
+from tracebench.runs import claim
+from tracebench.scores import TASKS, floor
 from train_trace import Args
 
 QUIET = tqdm(disable=True)

@@ -1,4 +1,4 @@
-"""It works with what others wrote, as the table in results/works-with.md says row by row."""
+"""It works with what others wrote, as the table in docs/works-with.md says row by row."""
 
 import ast
 import os
@@ -23,7 +23,7 @@ def test_every_row_names_a_test_that_is_there_and_every_test_here_has_a_row():
     for file in (ROOT / "test_mose.py", *(ROOT / "tests").glob("test_*.py")):
         names = (getattr(node, "name", "") for node in ast.parse(file.read_text("utf-8")).body)
         there |= {f"{file.relative_to(ROOT)}::{name}" for name in names if name[:5] == "test_"}
-    page = (ROOT / "results/works-with.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs/works-with.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in page if line.startswith("|")][2:]
     rows = [re.findall(r"`([\w/]+\.py::\w+)`", line) for line in table]
     named = {name for row in rows for name in row}

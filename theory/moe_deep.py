@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 import train_trace
-from results.gates import last_gates
-from trace.data import pad
-from trace.scores import TASKS, backward_transfer, mean
+from figures.gates import last_gates
+from tracebench.data import pad
+from tracebench.scores import TASKS, backward_transfer, mean
 
 ROOT = Path(__file__).resolve().parent.parent
 

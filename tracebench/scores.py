@@ -1,7 +1,7 @@
 """TRACE's five metrics, exactly as its code and the packages behind it score, and what papers make
 of them: OP, BWT, standard errors, and a floor. Plain Python, and usable on its own:
 
-    from trace.scores import score
+    from tracebench.scores import score
     score("FOMC", predictions, golds, prompts)      # 0 .. 100
 
 Each metric takes (prediction, gold, prompt) and returns 0 .. 100. tests/test_scores.py compares

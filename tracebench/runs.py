@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from trace import processes
-from trace.scores import bootstrap, mean, summarize
+from tracebench import processes
+from tracebench.scores import bootstrap, mean, summarize
 
 
 def write(file, value):

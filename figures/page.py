@@ -1,4 +1,4 @@
-"""One page that shows what happens inside a run: `python -m results.page runs/NAME`.
+"""One page that shows what happens inside a run: `python -m figures.page runs/NAME`.
 
 Writes runs/NAME/page.html: scores, recorded answers, which task took which entry of a pool, which
 experts took which token, bytes. It is one file below 500 kB, and needs no network. What the run has
@@ -17,9 +17,9 @@ import torch
 
 import train_trace
 from mose import MoSE
-from results.gates import gates_of_prompt, owners
-from trace.data import cut, encode
-from trace.scores import SCORES
+from figures.gates import gates_of_prompt, owners
+from tracebench.data import cut, encode
+from tracebench.scores import SCORES
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
 LIMIT = 490_000  # bytes

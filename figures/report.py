@@ -1,12 +1,12 @@
 """Tables and figures from the result files of train_trace.py.
 
-    python -m results.report runs/A            # one run: into its folder
-    python -m results.report runs/A runs/B     # the same with other seeds: mean and deviation
-    python -m results.report runs/A runs/B --out results/name      # results/name-table.md, ..
+    python -m figures.report runs/A            # one run: into its folder
+    python -m figures.report runs/A runs/B     # the same with other seeds: mean and deviation
+    python -m figures.report runs/A runs/B --out results/name      # results/name-table.md, ..
 
 Makes table.md; matrices.png, the score on every task after every task, with the task known (TIL)
 and inferred (TaIL); growth.png, average score, used capacity and bytes; page.html, to look inside
-(results/page.py). With --out no page, but name.json: all results in one file, which can stand in
+(figures/page.py). With --out no page, but name.json: all results in one file, which can stand in
 for the folders; without texts of the data.
 """
 
@@ -15,7 +15,7 @@ import json
 import statistics
 from pathlib import Path
 
-from results.page import write_page
+from figures.page import write_page
 
 try:
     import matplotlib

@@ -1,6 +1,6 @@
 """The figure that explains the method, from a run's own adapter and results.
 
-    python -m results.method runs/trace-mini-0        # writes results/method.png
+    python -m figures.method runs/trace-mini-0        # writes results/method.png
 
 Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that took
 it, and the gates of each token of one prompt in the last layer, from 0 to 1. Bottom: what every
@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 
 import train_trace
 from mose import MoSE
-from results import report
-from results.gates import gates_of_prompt, owners
-from trace.data import encode, read
+from figures import report
+from figures.gates import gates_of_prompt, owners
+from tracebench.data import encode, read
 
 ROOT = Path(__file__).resolve().parent.parent
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
