@@ -245,13 +245,16 @@ def test_a_perfect_model_scores_100_though_the_tokenizer_normalises(tmp_path, ba
 
 
 def test_nothing_is_cleaned_up_in_an_answer(base):
-    tokenizer = copy.deepcopy(base[1])
-    tokenizer.clean_up_tokenization_spaces = True
+    """Some tokenizers, and all of transformers 4.56, drop spaces where they are not told to."""
+    class Cleaning:
+        def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces=True):
+            text = base[1].decode(ids, skip_special_tokens=skip_special_tokens)
+            return text.replace(" .", ".") if clean_up_tokenization_spaces else text
+
     text = "print ( x ) ; do n't , see ."
-    ids = encode(tokenizer, {"prompt": "p", "answer": text})[1]
-    assert to_text(tokenizer, ids) == text
-    cleaned = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
-    assert cleaned != text, "control: where it is asked for, spaces go"
+    ids = encode(base[1], {"prompt": "p", "answer": text})[1]
+    assert to_text(Cleaning(), ids) == text
+    assert Cleaning().decode(ids, skip_special_tokens=True) != text, "control"
 
 
 # ------------------------------------------------------------------------------ steps

@@ -213,8 +213,9 @@ class Record:
             shutil.copy(adapters[-1], self.folder / "last.tmp")
             os.replace(self.folder / "last.tmp", self.folder / f"{self.method}.pt")
         tail = summarize(result["R_tail"]) if result["R_tail"] else {}
-        write_json(self.folder / f"{self.method}.json", about | result | summarize(
-            result["R"], zero_shot) | {"op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")})
+        scores = summarize(result["R"], zero_shot) | {
+            "zero_shot": zero_shot, "op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")}
+        write_json(self.folder / f"{self.method}.json", about | result | scores)
         for file in (self.state, *adapters):
             file.unlink(missing_ok=True)
 
