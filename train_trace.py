@@ -27,7 +27,9 @@ score on trace-mini compares with any paper's.
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.13", "transformers>=4.56", "datasets>=3.0", "tqdm>=4.66.3", "matplotlib>=3.8"]
+# dependencies = [
+#   "torch>=2.13", "transformers>=4.56", "datasets>=3.0", "tqdm>=4.66.3", "matplotlib>=3.8",
+# ]
 # ///
 
 import math
@@ -72,6 +74,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         parameters = adapter.trainable_parameters()
         train(model, tokenizer, parameters, task, args, rate(method, args), bar)
         report = adapter.end_task()
+        # It is saved and read back: what is tested, and what goes on, is always what is on the disk.
         adapter = record.save(adapter, task, source, parameters, report)
 
         row = record.add({seen.name: evaluate(model, tokenizer, adapter, seen, args)

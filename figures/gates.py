@@ -29,21 +29,27 @@ def owners(adapter, layer):
 
 
 @torch.no_grad()
-def gates_of_prompt(adapter, tokenizer, task, ids):
-    """The tokens of a prompt as texts, and the gates (T, E) of each layer under a task."""
+def gates_of(adapter, task, input_ids, attention_mask=None):
+    """The gates (B, T, E) of each layer, for tokens (B, T) under one finished task."""
     found = {}
 
     def note(layer, inputs, out):
         experts = layer.sub_experts
         router = experts.routers[task].to(inputs[0].device)
-        logits = inputs[0].float() @ experts.projection @ router.T  # (1, T, E)
-        found[experts] = top_k_gates(logits, adapter.config.top_k)[0].cpu()
+        logits = inputs[0].float() @ experts.projection @ router.T  # (B, T, E)
+        found[experts] = top_k_gates(logits, adapter.config.top_k)
 
     targets = [module for module in adapter.model.modules()
                if getattr(module, "sub_experts", None) in adapter.layers]
     hooks = [target.register_forward_hook(note) for target in targets]
     with adapter.task(task):
-        adapter.model.base_model(torch.tensor([ids], device=adapter.model.device))
+        adapter.model.base_model(input_ids=input_ids, attention_mask=attention_mask)
     for hook in hooks:
         hook.remove()
-    return [tokenizer.decode([i]) for i in ids], [found[layer] for layer in adapter.layers]
+    return [found[layer] for layer in adapter.layers]
+
+
+def gates_of_prompt(adapter, tokenizer, task, ids):
+    """The tokens of a prompt as texts, and the gates (T, E) of each layer under a task."""
+    gates = gates_of(adapter, task, torch.tensor([ids], device=adapter.model.device))
+    return [tokenizer.decode([i]) for i in ids], [layer[0].cpu() for layer in gates]
