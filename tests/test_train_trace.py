@@ -570,7 +570,7 @@ def test_a_wrong_option_is_named(base, options, message):
 @pytest.mark.parametrize("argv", [
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
     ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
-    ["--tokens", "0"], ["--replay", "2"], ["--test", "never"],
+    ["--tokens", "0"], ["--replay", "2"], ["--test", "never"], ["--top_k", "5"], ["--experts", "0"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -32,6 +32,7 @@ class LoRALayer(nn.Module):
         self.A = nn.Parameter(torch.zeros(inputs, rank))
         self.B = nn.Parameter(torch.zeros(rank, outputs))
         self.scale = scale
+        self.switched_on = False
 
     @torch.no_grad()
     def reset(self):
@@ -42,6 +43,14 @@ class LoRALayer(nn.Module):
 
     def forward(self, x):  # (B, T, D) -> (B, T, O)
         return self.scale * (x @ self.A @ self.B)
+
+    def add_delta(self, layer, inputs, out):
+        """Forward hook of the linear layer: add what the LoRA computes from the same input."""
+        if not self.switched_on:
+            return out
+        # The LoRA stays in fp32, even where the base is in bf16 or autocast is on.
+        with torch.autocast(out.device.type, enabled=False):
+            return out + self(inputs[0].float()).to(out.dtype)
 
 
 class MoELayer(LoRALayer):
@@ -77,24 +86,14 @@ class LoRA:
     def __init__(self, model, targets, **config):
         """Attach to `model` and freeze it. config: what layer_class is made with."""
         self.model, self.targets, self.config = model, targets, config
-        self.tasks, self.open, self.switched_on = {}, None, False
+        self.tasks, self.open = {}, None
         self.trainable_before = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self.layers, self.handles = [], []
         for layer in find_targets(model, targets):
             device = [*layer.parameters(), *layer.buffers()][0].device
             self.layers.append(self.layer_class(*in_out(layer), **config).to(device))
-            self.handles.append(layer.register_forward_hook(self.hook(self.layers[-1])))
-
-    def hook(self, lora):
-        """A forward hook that adds what `lora` computes to what its layer computes."""
-        def add_delta(layer, inputs, out):
-            if not self.switched_on:
-                return out
-            # The LoRA stays in fp32, even where the base is in bf16 or autocast is on.
-            with torch.autocast(out.device.type, enabled=False):
-                return out + lora(inputs[0].float()).to(out.dtype)
-        return add_delta
+            self.handles.append(layer.register_forward_hook(self.layers[-1].add_delta))
 
     def detach(self):
         """Take everything off again."""
@@ -133,7 +132,8 @@ class LoRA:
 
     def set_task(self, name):
         """The same weights serve every task; None is the bare base."""
-        self.switched_on = name is not None
+        for layer in self.layers:
+            layer.switched_on = name is not None
 
     # ---- its file
 
@@ -191,7 +191,7 @@ class LoRAPerTask(LoRA):
     def set_task(self, name):
         if name is not None and name != self.open:
             self.put(self.tasks[name])
-        self.switched_on = name is not None
+        super().set_task(name)
 
     def learned(self):
         return {"tasks": self.tasks}

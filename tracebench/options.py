@@ -46,7 +46,8 @@ class Args:
     batch: int = option(16, "examples of one step")
     tokens: int = option(1536, "tokens of one training pass at most, with padding")
     max_prompt: int = option(1024, "the last tokens of a prompt, which the model reads")
-    max_train: int = option(0, "train on a random sample of so many examples a task (0: all)")
+    max_train: int = option(0, "train on a random sample of so many examples a task (0: all); "
+                            "keys see all prompts")
     max_test: int = option(0, "score a random sample of so many examples a task (0: all)")
     test: str = option("all", "ends: each task when it is learned, and all at the end; all: every "
                        "seen task after each task", ("all", "ends"))
@@ -70,7 +71,8 @@ class Args:
         "metavar": ("FILE", "PROMPT"), "help": "only answer a prompt, with an adapter of mose"})
 
 
-LOWEST = {"batch": 1, "tokens": 1, "max_prompt": 2, "lora_rank": 1, "max_train": 0, "max_test": 0}
+LOWEST = {"batch": 1, "tokens": 1, "max_prompt": 2, "max_train": 0, "max_test": 0,
+          "experts": 1, "rank": 1, "top_k": 1, "lora_rank": 1}
 
 
 def parse(argv=None):
@@ -104,6 +106,8 @@ def check(args):
     for name, least in LOWEST.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name}: got {getattr(args, name)}, expected at least {least}")
+    if args.top_k > args.experts:
+        raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}")
     if not 0 <= args.replay <= 1:
         raise ValueError(f"--replay: got {args.replay}, expected a share of 0 .. 1")
     if len(args.ask) not in (0, 2):
