@@ -76,5 +76,5 @@ def test_without_the_sum_of_gradients_they_would_not(runs):
         "train_trace.processes.total = lambda *tensors: None\n"
         "train_trace.main(train_trace.parse())\n")
     two("control.py", folder, "--name", "off", "--methods", "lora")
-    one, two, off = (lora_weights(run / "lora.pt") for run in (*runs, folder / "runs/off"))
-    assert torch.allclose(one, two, atol=1e-3) and not torch.allclose(one, off, atol=1e-3)
+    one, both, off = (lora_weights(run / "lora.pt") for run in (*runs, folder / "runs/off"))
+    assert torch.allclose(one, both, atol=1e-3) and not torch.allclose(one, off, atol=1e-3)
