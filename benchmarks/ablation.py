@@ -107,8 +107,8 @@ def one(name, seed):
     model, tokenizer = train_trace.load_model(args)
     tasks = train_trace.load_tasks(args, tokenizer, model)
     with tempfile.TemporaryDirectory() as folder:
-        record = train_trace.open_record(method, tasks, args, Path(folder))
-        train_trace.run(record, model, tokenizer, tasks, args, tqdm(disable=True))
+        record = train_trace.Record(Path(folder), method, tasks, args)
+        train_trace.learn_in_a_row(record, model, tokenizer, tasks, args, tqdm(disable=True))
     result = record.result
     last = result["R"][-1]
     return {"seed": seed, "op": mean(last), "tasks": last, "used": result["used"][-1],

@@ -42,8 +42,9 @@ from tqdm import tqdm
 import mose
 import train_trace as loop
 from benchmarks.transfer import QUIET, setup
-from figures.gates import last_gates
+from figures.gates import gates_of
 from figures.report import spread
+from tracebench.baselines import FixedRouter
 from tracebench.data import pad
 from tracebench.scores import mean
 
@@ -90,7 +91,7 @@ class FixedMask(mose.MoSE):
 
 def new_adapter(name, model):
     fixed = name.startswith(NEVER) or name == UNIFORM
-    kind = loop.FixedRouter if fixed else FixedMask if name.startswith(RANDOM) else mose.MoSE
+    kind = FixedRouter if fixed else FixedMask if name.startswith(RANDOM) else mose.MoSE
     known = EVERY[name.removeprefix(NEVER).removeprefix(RANDOM)]
     return kind(model, mose.MoSEConfig(**known))
 
@@ -132,21 +133,21 @@ real_gates = mose.top_k_gates
 def mean_gates(adapter, tokenizer, task):
     """The mean gates (E,) of each layer over all tokens of 64 training prompts of a task."""
     ids, mask = pad(task.prompts[:64], tokenizer.pad_token_id)
-    adapter.model(input_ids=ids, attention_mask=mask)
-    return [gates[mask.bool()].mean(0) for gates in last_gates(adapter)]
+    gates = gates_of(adapter, task.name, ids, mask)
+    return [layer[mask.bool()].mean(0) for layer in gates]
 
 
 def operate(how, adapter, means, other):
     """Put other gates in the place of the active task's own, until the next `set_task`."""
     if how == "another task's router":
+        lineage = adapter.tasks[adapter.active]
         for layer in adapter.layers:
-            (rows, _, matrices), = layer.in_force
-            _, router = layer.tasks[other]
-            layer.in_force = [(rows, layer.projection @ router.mT, matrices)]
+            pool = torch.where(layer.reads(lineage), layer.frozen, 0.0)
+            layer.in_force = [(None, layer.matrices(pool, layer.routers[other]))]
     calls = iter(range(10**9))
 
-    def changed(x, router, k):
-        gates = real_gates(x, router, k)
+    def changed(logits, k):
+        gates = real_gates(logits, k)
         if how == "uniform":
             return torch.full_like(gates, 1 / gates.shape[-1])
         if how == "reversed":
@@ -278,9 +279,8 @@ def shares(name, seed=20):
         half = "Vault" if row["prompt"].startswith("Vault") else "Shuffled"
         spans = PARTS.fullmatch(row["prompt"])
         coded = tokenizer(row["prompt"], return_offsets_mapping=True, add_special_tokens=False)
-        with torch.no_grad():
-            model(torch.tensor([[tokenizer.bos_token_id, *coded["input_ids"]]]))
-        gates = [layer[0, 1:] for layer in last_gates(adapter)]
+        ids = torch.tensor([[tokenizer.bos_token_id, *coded["input_ids"]]])
+        gates = [layer[0, 1:] for layer in gates_of(adapter, "Clash", ids)]
         best = torch.stack([layer.argmax(-1) for layer in gates])  # (layers, T)
         for t, (_, end) in enumerate(coded["offset_mapping"]):
             for part in PARTS.groupindex:

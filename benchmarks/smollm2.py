@@ -48,6 +48,7 @@ import train_trace
 from benchmarks import routing
 from mose import MoSE
 from figures.report import public, spread
+from tracebench.methods import METHODS
 from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,13 +64,14 @@ ABLATION = {
     "half the scale": "--scale 4",
     "twice the scale": "--scale 16",
     "q, k, v and o": "--targets q_proj,k_proj,v_proj,o_proj",
-    "mask never learned": "train_trace.KINDS['mose'] = FixedMask",
-    "router never trained": "train_trace.KINDS['mose'] = train_trace.KINDS['mose_fixed']",
+    "mask never learned": "methods.KINDS['mose'] = FixedMask",
+    "router never trained": "methods.KINDS['mose'] = methods.KINDS['mose_fixed']",
     "no start from a finished task": "train_trace.probe = lambda *given: 1.0",
 }
 # One script for all runs: what is changed in the code stands before its options.
 SCRIPT = """import sys, train_trace
 from benchmarks.routing import FixedMask
+from tracebench import methods
 exec(sys.argv.pop(1))
 train_trace.main(train_trace.parse())
 """
@@ -165,7 +167,7 @@ def of(results, start):
     for name, result in results["runs"].items():
         if name.startswith(start):
             found.setdefault(result["method"], []).append(result)
-    return {method: found[method] for method in train_trace.METHODS if method in found}
+    return {method: found[method] for method in METHODS if method in found}
 
 
 def cost(runs):
