@@ -475,6 +475,7 @@ class MoSE:
             warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
                           f"observe(prompts, task={name!r})")
         self.set_task(name)
+        return self.capacity()[name]
 
     # ---- which task is in force
 
