@@ -55,7 +55,7 @@ def learned(file):
     mose = MoSE.load(model, file)
     values = torch.cat([layer.frozen for layer in mose.layers])
     masks = [layer.owner == lineage[0] for layer in mose.layers for lineage in mose.tasks.values()]
-    return masks, values, [mean for _, mean in mose.keys.values()]
+    return masks, values, [mean for _, mean, *_ in mose.keys.tasks.values()]
 
 
 def lora_weights(file):
