@@ -473,8 +473,9 @@ class MoSE:
             self.keys.merge(name, self.open_key)
         else:
             warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
-                          f"observe(prompts, task={name!r})")
+                          f"observe(prompts, task={name!r})", stacklevel=2)
         self.set_task(name)
+        return self.capacity()[name]
 
     # ---- which task is in force
 
