@@ -88,7 +88,7 @@ class MoSEConfig:
 
 # ------------------------------------------------------------------------------ masks and gates
 
-SCORE_SPREAD = 0.01  # new scores are uniform in 0 .. SCORE_SPREAD
+SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD: see `begin`
 WELL_BELOW = 0.75  # a source has to leave less than this share of what is left without it
 
 
@@ -203,7 +203,8 @@ class SubExperts(nn.Module):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
-        # The scores start so close together that a few steps of an optimizer change their order.
+        # CHOICE: the scores start so close together that a few steps of Adam change their order.
+        # Adam moves a score by about the learning rate, so only the ratio of the two matters.
         drawn = torch.rand(self.score.shape, generator=generator, device="cpu")
         self.score.copy_(SCORE_SPREAD * drawn)
         # Straight-through also moved free entries outside the mask. They start anew here: otherwise
@@ -287,8 +288,8 @@ class SubExperts(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             products = x.float() @ A_and_gates  # (B, T, E*R + E)
             hidden, logits = products.split([E * R, E], dim=-1)
-            gates = self.config.scale * top_k_gates(logits, self.config.top_k)  # (B, T, E)
-            hidden = hidden.unflatten(-1, (E, R)) * gates.unsqueeze(-1)  # (B, T, E, R)
+            gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
+            hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
             return hidden.flatten(-2) @ B  # (B, T, O)
 
     def open_matrices(self):
@@ -310,14 +311,14 @@ class SubExperts(nn.Module):
         return rows if rows is None else torch.tensor(rows, device=device), matrices
 
     def matrices(self, pool, router):
-        """A of all experts beside the weights of the gates (D, E*R + E), and B (E*R, O).
+        """A of all experts beside the weights of the gates (D, E*R + E), and scale * B (E*R, O).
 
-        Side by side, they need one product with the tokens instead of two.
+        Side by side, A and the weights of the gates need one product with the tokens, not two.
         """
         A, B = self.split(pool)
         with torch.autocast(pool.device.type, enabled=False):
             to_gates = self.projection @ router.T  # (D, E)
-        return torch.cat([A, to_gates], dim=1), B
+        return torch.cat([A, to_gates], dim=1), self.config.scale * B
 
     def split(self, pool):
         """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
@@ -373,7 +374,7 @@ class MoSE:
         self.open = None
         self.active = None
         self.count = 0  # number of the last task that was begun
-        self.packed = {}  # see `_pack_mask`
+        self.packed = {}  # see `_pack`
         check_model(model)
         targets = find_targets(model, self.config.targets)
         # By these a saved file recognises its base.
@@ -473,7 +474,7 @@ class MoSE:
             self.keys.merge(name, self.open_key)
         else:
             warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
-                          f"observe(prompts, task={name!r})")
+                          f"observe(prompts, task={name!r})", stacklevel=2)
         self.set_task(name)
         return self.capacity()[name]
 
@@ -612,20 +613,22 @@ class MoSE:
 
     # ---- what it costs, and how it is kept
 
-    def _pack_mask(self, number):
-        """The mask of all entries with this number, in all layers, as few bytes.
+    def _pack(self, number):
+        """The entries with this number, of all layers: (how many, mask, values), both as few bytes.
 
-        The gaps between its entries, first their lowest bytes, then the next, and so on; compressed.
+        The mask is kept as the gaps between its entries. Of gaps and values, the first bytes of all
+        come first, then the second bytes, and so on: so they can be compressed best.
         """
-        mask = torch.cat([layer.owner == number for layer in self.layers]).cpu()
-        # Entries of a task only ever become fewer. So the same count means the same mask, and it
-        # need not be compressed again.
-        count = int(mask.sum())
+        masks = [layer.owner == number for layer in self.layers]
+        # Entries of a task only ever become fewer. So the same count means the same entries, and
+        # they need not be compressed again.
+        count = sum(int(mask.sum()) for mask in masks)
         if number not in self.packed or self.packed[number][0] != count:
-            places = mask.nonzero()[:, 0]
-            gaps = torch.diff(places, prepend=places.new_tensor([-1]))
-            data = b"".join(bytes((gaps >> shift & 255).tolist()) for shift in (0, 8, 16, 24))
-            self.packed[number] = count, lzma.compress(data)
+            values = [layer.frozen[mask] for layer, mask in zip(self.layers, masks)]
+            places = torch.cat([mask.cpu() for mask in masks]).nonzero()[:, 0]
+            gaps = torch.diff(places, prepend=places.new_tensor([-1])).int()
+            data = [compressed(gaps), compressed(torch.cat([v.cpu() for v in values]))]
+            self.packed[number] = count, *data
         return self.packed[number]
 
     def _numbers(self):
@@ -644,12 +647,12 @@ class MoSE:
         total = sum(len(layer.owner) for layer in self.layers)
         numbers, used, key_bytes = self._numbers(), 0, self.keys.bytes()
         for name, lineage in self.tasks.items():
-            own = [self._pack_mask(number) for number in numbers if number <= lineage[0]]
+            own = [self._pack(number) for number in numbers if number <= lineage[0]]
             numbers = [number for number in numbers if number > lineage[0]]
-            new = sum(count for count, _ in own)
+            new = sum(count for count, _, _ in own)
             used += new
-            size = {"masks": sum(len(data) for _, data in own),
-                    "values": 4 * new,
+            size = {"masks": sum(len(mask) for _, mask, _ in own),
+                    "values": sum(len(values) for _, _, values in own),
                     "routers": 4 * sum(layer.router.numel() for layer in self.layers),
                     "keys": key_bytes.get(name, 0)}
             report[name] = {"new": new, "share": used / total, "bytes": size}
@@ -658,10 +661,7 @@ class MoSE:
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all."""
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
-        entries = {}  # {number: (mask as bytes, values of its entries)}
-        for number in self._numbers():
-            values = [layer.frozen[layer.owner == number].cpu() for layer in self.layers]
-            entries[number] = self._pack_mask(number)[1], torch.cat(values)
+        entries = {number: self._pack(number) for number in self._numbers()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
                    for name in self.tasks}  # {name: (layers, E, P)}
         buffer = io.BytesIO()
@@ -715,14 +715,15 @@ class MoSE:
         sizes = [len(layer.owner) for layer in self.layers]
         owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
         frozen = torch.zeros(sum(sizes), device="cpu")
-        for number, (data, values) in entries.items():
-            places = unpack_places(data)
+        for number, (size, mask, values) in entries.items():
+            places = decompressed(mask, torch.int32).cumsum(0) - 1  # from the gaps between them
+            values = decompressed(values, torch.float32)
             expect(0 < number <= count, f"entries of the number {number}")
-            expect(len(places) == len(values) and places.max() < len(owner),
+            expect(0 < size == len(places) == len(values) and places.max() < len(owner),
                    f"{len(values)} values for {len(places)} entries")
             owner[places] = number
             frozen[places] = values
-            self.packed[number] = len(places), data
+        self.packed = entries
         shape = len(self.layers), *self.layers[0].router.shape
         for name, lineage in tasks.items():
             expect(max(lineage) <= count, f"a task {name!r} with the lineage {lineage}")
@@ -1000,11 +1001,16 @@ def expect_batch(x, rows):
            "its name as often. A layer that gets tokens without their batch takes one task only")
 
 
-def unpack_places(data):
-    """Where the entries of a mask are (k,), from the bytes that `_pack_mask` made."""
-    planes = torch.tensor([*lzma.decompress(data)], device="cpu").view(4, -1)
-    gaps = sum(plane << shift for plane, shift in zip(planes, (0, 8, 16, 24)))
-    return gaps.cumsum(0) - 1
+def compressed(numbers):
+    """Numbers of 4 bytes each (k,) as few bytes: the first bytes of all, then the second, .."""
+    planes = numbers.contiguous().view(torch.uint8).view(-1, 4).T
+    return lzma.compress(bytes(planes.flatten().tolist()))
+
+
+def decompressed(data, dtype):
+    """The inverse of `compressed`."""
+    planes = torch.tensor([*lzma.decompress(data)], dtype=torch.uint8, device="cpu").view(4, -1)
+    return planes.T.contiguous().view(dtype).flatten()
 
 
 def same_on_all_ranks(value):

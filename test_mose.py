@@ -234,10 +234,10 @@ def test_a_new_task_starts_as_the_bare_base_and_may_end_as_such(kind, guard, mon
     mose, base = attach(kind, density=0.5), tiny(kind)(data("a")).logits[None]
     for name in "ab":
         mose.begin_task(name)
-        start = snapshot(mose, name)
-        mose.end_task()  # after zero steps
+        mose.observe(data(name))
+        start, report = snapshot(mose, name), mose.end_task()  # after zero steps
         assert torch.equal(start, base) == (guard or name == "a")
-        assert torch.equal(start, snapshot(mose, name))
+        assert torch.equal(start, snapshot(mose, name)) and report == mose.capacity()[name]
         learn(mose, f"more {name}")
         # Off: straight-through has moved free entries that were in no mask.
         guard or monkeypatch.setattr(SubExperts, "begin", begin_without_new_weights)

@@ -72,7 +72,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
             adapter.observe(ids, mask)
 
         parameters = adapter.trainable_parameters()
-        train(model, tokenizer, parameters, task, args, rate(method, args), bar)
+        train(model, tokenizer, parameters, task, args, rate(method, args, model), bar)
         report = adapter.end_task()
         # It is saved and read back: what is tested, and what goes on, is always what is on the disk.
         adapter = record.save(adapter, task, source, parameters, report)
