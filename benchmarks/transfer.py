@@ -54,12 +54,12 @@ def setup(seed, split="test"):
 
 
 def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
-    """A task with its first `size` training examples and about as many steps for every size."""
+    """A task with a sample of `size` training examples, and about as many steps for every size."""
     folder = "trace-mini" if name in TASKS else "transfer-mini"
-    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder))
+    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder), max_train=size)
     task, = loop.load_tasks(args, tokenizer, model)
     epochs = round(steps * (3 if name == "Vault" and size == 400 else 1) / -(-size // args.batch))
-    return dataclasses.replace(task, name=called or name, epochs=epochs, train=task.train[:size])
+    return dataclasses.replace(task, name=called or name, epochs=epochs)
 
 
 def learn(adapter, base, task, args):
@@ -77,7 +77,9 @@ def begin_to_end(adapter, base, task, args):
     adapter.begin_task(task.name, source, need)
     for ids, mask in whole_prompts(task.prompts, base[1]):
         adapter.observe(ids, mask)
-    loop.train(*base, adapter.trainable_parameters(), task, args, args.lr, QUIET)
+    method = "lora" if isinstance(adapter, LoRA) else "mose"
+    lr = loop.rate(method, args, base[0])
+    loop.train(*base, adapter.trainable_parameters(), task, args, lr, QUIET)
     report = adapter.end_task()
     return {"source": source, "new": report["new"], "used": report["share"]}
 
