@@ -3,17 +3,19 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch.
 
 The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
-All weights of its experts form the pool of the layer. A task learns a mask, which selects the
-entries of the pool that it reads, and a router, which sends each token to its top_k experts:
+All weights of its experts form the pool of the layer. A task owns a small part of each pool: its
+mask selects the free entries with the best scores, and the scores are learned with the weights. A
+task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
     A, B = mask * where(used, frozen, weight)                                         (3)
 
 `used` marks the entries that belong to a finished task. Their values are in the buffer `frozen`,
-which no optimizer holds, so nothing that a finished task reads can ever change. Forgetting is ruled
-out by construction. A new task owns at most the share `density` of the free entries. It also reads
-every entry of A that is already used: these values are frozen, and they cost it nothing.
+which no optimizer holds, and a finished task's router is stored. So nothing that a finished task
+reads can change: forgetting is ruled out by construction. A new task also reads every entry of A
+that is already used. These values cost it nothing. Or it starts from a finished task, its source:
+then it reads what its source reads.
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
@@ -21,12 +23,14 @@ every entry of A that is already used: these values are frozen, and they cost it
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=3e-3)
     for ids, labels in batches:
         model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     mose.end_task()
     mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC") if the task is known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
-a router reads of a token, N = E * R * (D + O) entries of a pool.
+a router reads of a token, N = E * R * (D + O) entries of a pool. (Outside of shapes, A and B are
+the two matrices of the experts.)
 
 CHOICE marks what we chose because we did not have the paper's method section.
 DIFFERS marks what is different in Winning SubNetworks (ICML 2022), on which the method builds.
@@ -59,12 +63,12 @@ class MoSEConfig:
     Raises ValueError for a value outside its range.
     """
 
-    # CHOICE: the paper's own values are not known to us. These follow from the searches in results/.
+    # CHOICE: the paper's own values are not known to us. These follow from our own searches.
     targets: tuple = ("q_proj", "v_proj")  # names of linear layers, or the ends of their paths
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert
     top_k: int = 2  # K, 1 <= K <= E
-    density: float = 0.03  # in (0, 1], the share of the free entries that a new task owns
+    density: float = 0.01  # in (0, 1], the share of the free entries that a new task owns
     scale: float = 8.0  # > 0, factor of the experts' sum
     router_dim: int = 16  # P >= 1
     router_std: float = 1.0  # > 0, spread of a new router; at 1 its gates differ from the start
@@ -76,7 +80,8 @@ class MoSEConfig:
         expect(self.targets, "targets: got none, expected the name of a linear layer")
         for name in ("num_experts", "rank", "top_k", "router_dim", "key_dim"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 1, f"{name}: got {value!r}, expected an int >= 1")
+            fits = type(value) is int and value >= 1
+            expect(fits, f"{name}: got {value!r}, expected an int >= 1")
         for name in ("density", "scale", "router_std"):
             value = getattr(self, name)
             fits = type(value) in (int, float) and 0 < value < math.inf
@@ -87,9 +92,6 @@ class MoSEConfig:
 
 
 # ------------------------------------------------------------------------------ masks and gates
-
-SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD: see `begin`
-WELL_BELOW = 0.75  # a source has to leave less than this share of what is left without it
 
 
 def top_k_mask(scores, k):
@@ -105,8 +107,7 @@ class StraightThrough(torch.autograd.Function):
     """Equation (3) on a pool: the values under the mask, and 0 elsewhere. All tensors are (N,).
 
     The backward pass ignores the mask (the straight-through estimator of Winning SubNetworks). So
-    the score of every free entry learns, whether the mask selects the entry or not, and an entry
-    outside the mask can win a place in it.
+    free entries outside the mask learn too, and can win a place in it.
     """
 
     @staticmethod
@@ -119,7 +120,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too, not only their scores. B starts at 0,
-        # where the gradient of a score is 0, so an entry of B outside the mask could never win.
+        # where the gradient of a score is 0. With scores alone, no entry of B could win a place.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
@@ -136,6 +137,8 @@ def top_k_gates(logits, k):
 
 # ------------------------------------------------------------------------------ the experts
 
+SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD
+
 
 class SubExperts(nn.Module):
     """The experts on one linear layer, with the masks and routers of all tasks.
@@ -143,14 +146,20 @@ class SubExperts(nn.Module):
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
     e*R .. (e+1)*R of A and the same rows of B.
 
-    weight, score (N,), router (E, P)  Parameters of the open task, the one that is being learned
+    The open task is the one that is being learned. Its Parameters:
+    weight, score (N,), router (E, P)
+    inherited (N,)  bool, the used entries that it reads
+    num_new         [in A, in B] number of the entries that it will own
+
+    The finished tasks:
     frozen (N,)     values of the used entries: a buffer, so no optimizer can hold them
     owner (N,)      number of the task that an entry belongs to; 0 if it is free
-    inherited (N,)  bool, the used entries that the open task reads
-    num_new         [in A, in B] number of the entries that the open task will own
-    routers         {name: router (E, P)} of the finished tasks, on the CPU
-    learning        whether the open task is in force
-    in_force        otherwise [(rows, matrices)] of the finished tasks that are in force
+    routers         {name: router (E, P)}, on the CPU
+
+    The tasks in force are those that the forward pass applies:
+    learning        True if that is the open task
+    in_force        otherwise [(rows, matrices)] of finished tasks; empty for the bare base
+    num_rows        how many rows a batch must have, if each row has a task of its own
     """
 
     def __init__(self, layer, config):
@@ -170,17 +179,17 @@ class SubExperts(nn.Module):
         # fixed random projection to P numbers. A router on all D numbers would need as many bytes
         # for each task as the matrix A of a LoRA of rank E.
         projection = fixed_signs(D, config.router_dim) / math.sqrt(D)
-        # These are not in state_dict(): an old one, put back, would undo what was learned since.
+        # These are not in state_dict(): loading an old one must not undo finished tasks.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
         self.register_buffer("owner", zeros.int(), persistent=False)
         self.register_buffer("inherited", zeros.bool(), persistent=False)
         self.num_new = [0, 0]
-        self.is_open = False
+        self.is_open = False  # whether a task is open
         self.routers = {}
         self.learning = False
         self.in_force = []
-        self.batch = None
+        self.num_rows = None
 
     # ---- the life of a task
 
@@ -188,27 +197,28 @@ class SubExperts(nn.Module):
     def begin(self, lineage, source, need, generator):
         """Open a task. It starts from the finished task `source`, or as the bare base (None).
 
-        lineage: its own number, that of its source, that of the source's source, and so on.
+        lineage: its own number, that of its source, that of the source's source, and so on. Task 5
+        has the lineage [5, 2] if it starts from task 2, which started as the bare base.
         need: the share, 0 .. 1, of the usual number of new entries that it owns.
         """
+        expect(not self.weight.is_meta, "the experts were offloaded with the base (meta device): "
+               "begin the task first, and offload then")
         self.is_open = True
-        expect(not self.weight.is_meta, "the base was offloaded, and the experts with it: begin "
-               "tasks before that")
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
         self.zero_grad()
         # CHOICE: density is a share of the entries that are still free, in A and in B each. So
-        # neither of them ever runs out.
+        # later tasks own fewer entries, and both matrices last.
         for part, owner in enumerate(self.split(self.owner)):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # Adam moves a score by about the learning rate, so only the ratio of the two matters.
+        # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate.
         drawn = torch.rand(self.score.shape, generator=generator, device="cpu")
         self.score.copy_(SCORE_SPREAD * drawn)
-        # Straight-through also moved free entries outside the mask. They start anew here: otherwise
-        # this task would read them before it has learned anything.
+        # The last task also moved free entries that it did not select. They start anew here:
+        # otherwise this task would read them before it has learned anything.
         self.weight.zero_()
         if source is None:
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
@@ -224,17 +234,18 @@ class SubExperts(nn.Module):
             self.router.copy_(self.routers[source])
 
     def reads(self, lineage):
-        """The used entries (N,) that a task reads: a bool mask.
+        """The used entries (N,) that a task reads, a bool mask.
 
-        They are its own and those of the tasks in its lineage. The last of these started from the
-        bare base. It found entries of A that earlier tasks had used, and reads all of them.
+        A task reads the entries of all tasks in its lineage. The last of these is the root, which
+        started as the bare base. The task also reads all entries of A that were used at that time.
         """
         # CHOICE: a new task reads all used entries of A. Nothing has to be stored for that, and its
         # experts become wider. It does not read the used entries of B, which would add the outputs
         # of all earlier tasks to its own.
+        root = lineage[-1]
         mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
         owner_A = self.owner[:self.size_A]
-        mask[:self.size_A] |= (0 < owner_A) & (owner_A < lineage[-1])
+        mask[:self.size_A] |= (0 < owner_A) & (owner_A < root)
         return mask
 
     def select(self):
@@ -244,15 +255,21 @@ class SubExperts(nn.Module):
         new_A, new_B = self.num_new
         return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
 
+    def can_learn(self):
+        """Whether the open task reads any entry of A and owns any of B, which starts at 0."""
+        new_A, new_B = self.num_new
+        return new_B > 0 and (new_A > 0 or bool(self.inherited.any()))
+
     @torch.no_grad()
-    def finish(self, name, number):
-        """Freeze the new entries of the open task. If this fails halfway, call it again."""
-        if name in self.routers:
-            return
+    def learned(self):
+        """What the open task has learned: its new entries (N,), their values, its router."""
         new = self.select()
-        router = self.router.detach().to("cpu", copy=True)
-        self.frozen.copy_(torch.where(new, self.weight, self.frozen))
-        self.owner.masked_fill_(new, number)
+        return new, self.weight[new], self.router.detach().to("cpu", copy=True)
+
+    def finish(self, name, number, new, values, router):
+        """Freeze what the open task has learned, under its name and number."""
+        self.frozen[new] = values
+        self.owner[new] = number
         self.routers[name] = router
         self.is_open = False
 
@@ -267,12 +284,12 @@ class SubExperts(nn.Module):
     # ---- the life of a token
 
     def add_delta(self, layer, args, out):
-        """Forward hook of the layer: equation (2). It adds what the experts say to `out`."""
+        """Forward hook of the layer: equation (2). It adds the experts' output to `out`."""
         x = args[0]  # (B, T, D)
         if self.learning:
             return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
-        if self.batch is not None:
-            expect_batch(x, self.batch)
+        if self.num_rows is not None:
+            expect_rows(x, self.num_rows)
         for rows, matrices in self.in_force:
             if rows is None:  # one task for all examples
                 out = out + self.delta(x, matrices).to(out.dtype)
@@ -282,13 +299,13 @@ class SubExperts(nn.Module):
 
     def delta(self, x, matrices):
         """What all experts add for the tokens x (B, T, D): (B, T, O)."""
-        A_and_gates, B = matrices
+        A_and_to_gates, B = matrices
         E, R = self.config.num_experts, self.config.rank
         # The experts are fp32 although the base may be bf16, and although autocast may be on.
         with torch.autocast(x.device.type, enabled=False):
-            products = x.float() @ A_and_gates  # (B, T, E*R + E)
+            products = x.float() @ A_and_to_gates  # (B, T, E*R + E)
             hidden, logits = products.split([E * R, E], dim=-1)
-            gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
+            gates = self.config.scale * top_k_gates(logits, self.config.top_k)  # (B, T, E)
             hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
             return hidden.flatten(-2) @ B  # (B, T, O)
 
@@ -301,7 +318,7 @@ class SubExperts(nn.Module):
         return self.matrices(pool, self.router)
 
     def finished(self, name, lineage, rows):
-        """(rows, matrices) of a finished task for `in_force`. They are made once for all tokens.
+        """(rows, matrices) of a finished task, for `in_force`.
 
         rows: where the task has its examples in the batch, or None for all of them.
         """
@@ -311,21 +328,21 @@ class SubExperts(nn.Module):
         return rows if rows is None else torch.tensor(rows, device=device), matrices
 
     def matrices(self, pool, router):
-        """A of all experts beside the weights of the gates (D, E*R + E), and scale * B (E*R, O).
+        """A of all experts beside the weights of the gates (D, E*R + E), and B (E*R, O).
 
         Side by side, A and the weights of the gates need one product with the tokens, not two.
         """
         A, B = self.split(pool)
         with torch.autocast(pool.device.type, enabled=False):
             to_gates = self.projection @ router.T  # (D, E)
-        return torch.cat([A, to_gates], dim=1), self.config.scale * B
+        return torch.cat([A, to_gates], dim=1), B
 
     def split(self, pool):
         """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
         A, B = pool[:self.size_A], pool[self.size_A:]
         return A.view(self.shape_A), B.view(self.shape_B)
 
-    # ---- casts and state_dict(): what it takes to live in other people's code
+    # ---- casts and state_dict()
 
     def _apply(self, fn, recurse=True):
         # The experts follow their layer to another device, but not to another dtype: model.half()
@@ -350,15 +367,17 @@ class SubExperts(nn.Module):
 
 # ------------------------------------------------------------------------------ the whole
 
+WELL_BELOW = 0.75  # a source must have less than this share of the error that is there without it
+
 
 class MoSE:
     """Attaches SubExperts to the target layers of a model, and manages the tasks.
 
     layers  the SubExperts, in the order of the model's layers
     tasks   {name: lineage} of the finished tasks, in the order of learning. A lineage is a list of
-            numbers: that of the task, of the task that it started from, and so on.
+            numbers: that of the task, that of its source, and so on.
     open    name of the task that is being learned, or None
-    active  what `set_task` got
+    active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
     """
 
@@ -373,17 +392,12 @@ class MoSE:
         self.tasks = {}
         self.open = None
         self.active = None
-        self.count = 0  # number of the last task that was begun
-        self.packed = {}  # see `_pack`
+        self.last_number = 0  # of the tasks that were begun so far
         check_model(model)
         targets = find_targets(model, self.config.targets)
-        # By these a saved file recognises its base.
-        self.base = fingerprint(model)
-        needed = [*targets, model.get_input_embeddings()]
-        self.needed = [path for path, module in model.named_modules() if module in needed]
+        self._remember_base(targets)
         self.layers = [SubExperts(layer, self.config) for layer in targets]
         self.keys = TaskKeys(model.get_input_embeddings(), self.config.key_dim)
-        self.trainable_before = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         for layer, experts in zip(targets, self.layers):
             layer.sub_experts = experts
@@ -395,27 +409,26 @@ class MoSE:
     def best_source(self, probe, guess=math.inf):
         """Which finished task a new one should start from: (source, need) for `begin_task`.
 
-        probe(): how much of the new task is left to learn with what is in force, say the share of
-        its examples that are answered wrong. It is called under the bare base and under each
-        finished task. guess: what the best constant answer leaves, measured in the same way.
-        Returns (None, 1.0) if no finished task is worth it. Raises ValueError if probe() gives
-        anything but numbers >= 0.
+        probe(): the error on the new task with the task that is in force, say the share of wrong
+        answers. It is called under the bare base and under each finished task. guess: the error of
+        the best constant answer. Returns (None, 1.0) if no finished task is worth it. Raises
+        ValueError if probe() returns anything but numbers >= 0.
         """
-        left = {}
-        for source in [None, *self.tasks] if self.tasks else []:
-            with self.task(source), torch.no_grad():
-                left[source] = same_on_all_ranks(float(probe()))
-            expect(0 <= left[source] < math.inf,
-                   f"probe() gave {left[source]} under {source!r}, expected a number >= 0")
-        if not left:
+        if not self.tasks:
             return None, 1.0
-        # CHOICE: a new task starts from the finished one that leaves least to learn, if this is
-        # well below what the base and a constant answer leave. It then needs that share of the
-        # usual number of new entries. How the paper reuses experts is not known to us.
-        without = min(left.pop(None), guess)
-        source = min(left, key=left.get)
-        if left[source] < WELL_BELOW * without:
-            return source, left[source] / without
+        errors = {}
+        for source in [None, *self.tasks]:
+            with self.task(source), torch.no_grad():
+                errors[source] = same_on_all_ranks(float(probe()))
+            expect(0 <= errors[source] < math.inf,
+                   f"probe() gave {errors[source]} under {source!r}, expected a number >= 0")
+        without = min(errors.pop(None), guess)
+        source = min(errors, key=errors.get)
+        # CHOICE: a new task starts from the finished one with the smallest error, if this is well
+        # below the error of the base and of a constant answer. It then gets that share of the usual
+        # number of new entries. How the paper reuses experts is not known to us.
+        if errors[source] < WELL_BELOW * without:
+            return source, errors[source] / without
         return None, 1.0
 
     def begin_task(self, name, source=None, need=1.0):
@@ -431,22 +444,22 @@ class MoSE:
         expect(source is None or source in self.tasks,
                f"source: got {source!r}, expected None or one of {[*self.tasks]}")
         expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
+        check_layers(self.layers)
         # All processes have to draw the same numbers.
         seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.lineage = [self.count + 1, *self.tasks.get(source, [])]
+        self.lineage = [self.last_number + 1, *self.tasks.get(source, [])]
         for layer in self.layers:
             layer.begin(self.lineage, source, need, generator)
         # A task with a source may get no new entry: then its routers learn alone.
-        new_in_B = sum(layer.num_new[1] for layer in self.layers)
-        if source is None and new_in_B == 0:  # B starts at 0, so it could never say anything
+        if source is None and not any(layer.can_learn() for layer in self.layers):
             for layer in self.layers:
                 layer.is_open = False
-            raise ValueError(f"{name!r} gets no entry of B: density x free entries is under 1. "
-                             "forget() a task, or attach with a larger rank or density")
-        self.count += 1
+            raise ValueError(f"{name!r} gets no entry of A or of B: need x density x free entries "
+                             "is under 1. forget() a task, or attach with more rank or density")
+        self.last_number += 1
         self.open = name
-        self.open_key = self.keys.new_sums()
+        self.open_sums = self.keys.new_sums()
         self.set_task(name)
 
     def trainable_parameters(self):
@@ -455,23 +468,25 @@ class MoSE:
         Make a new optimizer for each task: the old one's momentum is noise for a new task.
         """
         expect(self.open is not None, "no task is open: call begin_task(name) first")
+        check_layers(self.layers)
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
 
     def end_task(self):
         """Freeze what the open task has learned, and return its entry of `capacity()`.
 
-        If this fails halfway (out of memory, say), the task stays open: call it again.
+        If it runs out of memory, the task stays open: call it again.
         """
         finite = all(p.isfinite().all() for p in self.trainable_parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
         name, number = self.open, self.lineage[0]
-        for layer in self.layers:
-            layer.finish(name, number)
+        learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
+        for layer, what in zip(self.layers, learned):
+            layer.finish(name, number, *what)
         self.tasks[name] = self.lineage
         self.open = None
-        if self.open_key["count"] > 0:
-            self.keys.merge(name, self.open_key)
+        if self.open_sums["count"] > 0:
+            self.keys.merge(name, self.open_sums)
         else:
             warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
                           f"observe(prompts, task={name!r})", stacklevel=2)
@@ -491,20 +506,21 @@ class MoSE:
         """
         if isinstance(task, str):
             task = plain_str(task)
-        names = [*task] if isinstance(task, list) else [task]
+        is_list = isinstance(task, list)
+        names = [*task] if is_list else [task]
         learning = self.open is not None and task == self.open
         unknown = [name for name in names if name is not None and name not in self.tasks]
         expect(learning or not unknown,
                f"unknown tasks {unknown}: finished so far are {[*self.tasks]}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
-        check_hooks(self.layers)
+        check_layers(self.layers)
         rows_of = {}  # {name: its rows of the batch, or None for all rows}
         for name in self.tasks:
-            if name in names:
+            if name in names and is_list:
+                rows_of[name] = [i for i, other in enumerate(names) if other == name]
+            elif name in names:
                 rows_of[name] = None
-                if isinstance(task, list):
-                    rows_of[name] = [i for i, other in enumerate(names) if other == name]
-        # All layers change together, even if one of them runs out of memory here.
+        # All matrices are made first: a failure must not leave layers with different tasks.
         in_force = []
         for layer in self.layers:
             in_force.append([layer.finished(name, self.tasks[name], rows)
@@ -512,8 +528,8 @@ class MoSE:
         for layer, tasks in zip(self.layers, in_force):
             layer.in_force = tasks
             layer.learning = learning
-            layer.batch = len(names) if isinstance(task, list) else None
-        self.active = names if isinstance(task, list) else task
+            layer.num_rows = len(names) if is_list else None
+        self.active = names if is_list else task
 
     @contextlib.contextmanager
     def task(self, task):
@@ -532,7 +548,9 @@ class MoSE:
     # ---- which task a prompt belongs to
 
     # CHOICE: the task is inferred from the token embeddings of the prompt alone, before any pass
-    # through the model (see TaskKeys). How the paper infers it is not known to us.
+    # through the model. A prompt is the mean of its tokens' embeddings, a task is a Gaussian with
+    # the mean of its prompts, and the prompt belongs to the task with the highest density there
+    # (TaskKeys, below). How the paper infers the task is not known to us.
 
     def observe(self, input_ids, attention_mask=None, task=None):
         """Let prompts (B, T) feed the key of the open task, or of a finished one that is named.
@@ -545,7 +563,7 @@ class MoSE:
                f"unknown task {task!r}: finished so far are {[*self.tasks]}")
         prompts = unpadded(input_ids, attention_mask)
         if task in (None, self.open):
-            self.keys.add(self.open_key, prompts)
+            self.keys.add(self.open_sums, prompts)
         else:
             sums = self.keys.new_sums()
             self.keys.add(sums, prompts)
@@ -562,15 +580,23 @@ class MoSE:
         return (names, confidence) if return_confidence else names
 
     # =========================================================================================
-    # This is the method. From here on: what it takes to live in other people's code.
+    # Above this line: the method. Below: what it takes to live in other people's code.
     # =========================================================================================
+
+    def _remember_base(self, targets):
+        """Keep what `detach` gives back, and by what a saved file recognises its base."""
+        self.trainable_before = [p for p in self.model.parameters() if p.requires_grad]
+        self.base = fingerprint(self.model)
+        needed = [*targets, self.model.get_input_embeddings()]
+        self.needed = [path for path, module in self.model.named_modules() if module in needed]
+        self.packed = {}  # {number: its entries as few bytes}: see `_pack`
 
     # ---- tasks that go, and tasks with a new name
 
     def forget(self, name):
         """Remove a finished task, or drop the open one. While one is open, only that one can go.
 
-        What the other tasks compute stays the same, bit for bit. Entries of A that they read stay.
+        What the other tasks compute stays the same, bit for bit: entries that they read stay.
         """
         known = [*self.tasks] if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}")
@@ -614,14 +640,13 @@ class MoSE:
     # ---- what it costs, and how it is kept
 
     def _pack(self, number):
-        """The entries with this number, of all layers: (how many, mask, values), both as few bytes.
+        """The entries with this number, of all layers: (how many, places, values).
 
-        The mask is kept as the gaps between its entries. Of gaps and values, the first bytes of all
-        come first, then the second bytes, and so on: so they can be compressed best.
+        Places and values are compressed bytes. The places are kept as the gaps between them.
         """
         masks = [layer.owner == number for layer in self.layers]
-        # Entries of a task only ever become fewer. So the same count means the same entries, and
-        # they need not be compressed again.
+        # Entries of a task only ever become fewer. So the same count means the same entries, which
+        # need not be compressed again.
         count = sum(int(mask.sum()) for mask in masks)
         if number not in self.packed or self.packed[number][0] != count:
             values = [layer.frozen[mask] for layer, mask in zip(self.layers, masks)]
@@ -645,16 +670,17 @@ class MoSE:
         """
         report = {}
         total = sum(len(layer.owner) for layer in self.layers)
-        numbers, used, key_bytes = self._numbers(), 0, self.keys.bytes()
-        for name, lineage in self.tasks.items():
-            own = [self._pack(number) for number in numbers if number <= lineage[0]]
-            numbers = [number for number in numbers if number > lineage[0]]
+        routers = 4 * sum(layer.router.numel() for layer in self.layers)
+        keys = self.keys.key_bytes()
+        used, before = 0, 0
+        for name, (number, *_) in self.tasks.items():
+            own = [self._pack(n) for n in self._numbers() if before < n <= number]
+            before = number
             new = sum(count for count, _, _ in own)
             used += new
-            size = {"masks": sum(len(mask) for _, mask, _ in own),
+            size = {"masks": sum(len(places) for _, places, _ in own),
                     "values": sum(len(values) for _, _, values in own),
-                    "routers": 4 * sum(layer.router.numel() for layer in self.layers),
-                    "keys": key_bytes.get(name, 0)}
+                    "routers": routers, "keys": keys.get(name, 0)}
             report[name] = {"new": new, "share": used / total, "bytes": size}
         return report
 
@@ -667,7 +693,8 @@ class MoSE:
         buffer = io.BytesIO()
         torch.save({
             "config": dataclasses.asdict(self.config), "base": self.base,
-            "count": self.count, "tasks": self.tasks, "entries": entries, "routers": routers,
+            "last_number": self.last_number, "tasks": self.tasks, "entries": entries,
+            "routers": routers,
             "keys": self.keys.state(),
         }, buffer)
         path = os.path.realpath(path)  # a link stays a link
@@ -682,15 +709,15 @@ class MoSE:
     def load(cls, model, path, tasks=None):
         """Attach to `model` what `save` wrote, or only some of its tasks. None is in force then.
 
-        Raises ValueError, and leaves the model alone, for a file that is damaged, of another format
-        or made on another base.
+        tasks: a list of names, or None for all. Raises ValueError, and leaves the model alone, for
+        a file that is damaged, of another format or made on another base.
         """
         check_model(model)
         with open(path, "rb") as file:
             data = file.read()
         expect(data.startswith(FORMAT),
-               f"{path}: its format is {data[:7]!r}, expected {FORMAT!r}: learn its tasks again, or "
-               "load it with the mose.py that wrote it")
+               f"{path}: its format is {data[:7]!r}, expected {FORMAT!r}: load it with the mose.py "
+               "that wrote it, or learn its tasks again")
         try:
             state = torch.load(io.BytesIO(lzma.decompress(data[len(FORMAT):])), weights_only=True)
             config = MoSEConfig(**state.pop("config"))
@@ -700,36 +727,40 @@ class MoSE:
         mose = cls(model, config)
         try:
             mose._restore(**state)
+            wanted = [*mose.tasks] if tasks is None else [*tasks]
+            unknown = [name for name in wanted if name not in mose.tasks]
+            expect(not unknown, f"it has no tasks {unknown}, but {[*mose.tasks]}")
             for name in [*mose.tasks]:
-                if tasks is not None and name not in tasks:
+                if name not in wanted:
                     mose.forget(name)
         except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError) as error:
             mose.detach()
             raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
         return mose
 
-    def _restore(self, base, count, tasks, entries, routers, keys):
+    def _restore(self, base, last_number, tasks, entries, routers, keys):
         """The inverse of `save`. ValueError says what is not as it was written for this base."""
         far = differences(base, self.base, self.needed)
         expect(not far, f"it was made on another base: {len(far)} differ: {', '.join(far[:3])}")
         sizes = [len(layer.owner) for layer in self.layers]
         owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
         frozen = torch.zeros(sum(sizes), device="cpu")
-        for number, (size, mask, values) in entries.items():
-            places = decompressed(mask, torch.int32).cumsum(0) - 1  # from the gaps between them
+        for number, (count, places, values) in entries.items():
+            places = decompressed(places, torch.int32).cumsum(0) - 1  # from the gaps between them
             values = decompressed(values, torch.float32)
-            expect(0 < number <= count, f"entries of the number {number}")
-            expect(0 < size == len(places) == len(values) and places.max() < len(owner),
-                   f"{len(values)} values for {len(places)} entries")
+            expect(0 < number <= last_number, f"entries of the number {number}")
+            expect(0 < count == len(places) == len(values), f"{len(values)} values for "
+                   f"{len(places)} entries")
+            expect(0 <= places.min() and places.max() < len(owner), "entries outside of the pools")
             owner[places] = number
             frozen[places] = values
-        self.packed = entries
         shape = len(self.layers), *self.layers[0].router.shape
         for name, lineage in tasks.items():
-            expect(max(lineage) <= count, f"a task {name!r} with the lineage {lineage}")
+            expect(0 < min(lineage) and max(lineage) <= last_number,
+                   f"a task {name!r} with the lineage {lineage}")
             expect(routers[name].shape == shape, f"a router of another shape for {name!r}")
         self.keys.restore(*keys)
-        self.count, self.tasks = count, tasks
+        self.last_number, self.tasks, self.packed = last_number, tasks, entries
         for i, layer in enumerate(self.layers):
             layer.owner.copy_(owner.split(sizes)[i])
             layer.frozen.copy_(frozen.split(sizes)[i])
@@ -741,8 +772,8 @@ class MoSE:
 # A token is common to a task if this share of its prompts holds it. Not all of them have to: one
 # prompt without the chat template must not hide the template.
 COMMON = 0.95
-# The shared shape of the covariance starts as a ball that counts as many prompts as this share of
-# key_dim, since few prompts show few of the directions in which prompts differ.
+# The covariance is shrunk to a multiple of the identity, which weighs as much as this share of
+# key_dim prompts: few prompts show few of the directions in which prompts differ.
 BALL = 0.25
 # "None of these" is a class around the same mean and this many times as wide. So a prompt is far
 # from its task if its squared distance is more than 2.5 times that of the task's own prompts.
@@ -760,8 +791,9 @@ class TaskKeys:
 
     tasks  {name: (count, mean (key_dim,), spread, {token: share})} of the finished tasks. The share
            says how much of a prompt's mean a common token is, on average over the task's prompts.
-    shape  (key_dim, key_dim), the sum of all prompts' scatter; `count` is their number. It stays
-           when a task is forgotten, since it tells how prompts differ in general.
+    scatter  (key_dim, key_dim), the sum over all tasks of scatter / sqrt(spread). It stays when a
+           task is forgotten, since it tells how prompts differ in general.
+    count  number of the prompts in it
     """
 
     def __init__(self, embedding, key_dim):
@@ -770,7 +802,7 @@ class TaskKeys:
         self.projection = fixed_signs(width, min(key_dim, width))
         self.tasks = {}
         dim = min(key_dim, width)
-        self.shape = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
         self.count = 0
 
     # ---- a prompt as numbers
@@ -793,9 +825,9 @@ class TaskKeys:
 
     def new_sums(self):
         """The empty sums of a task."""
-        dim = len(self.shape)
-        return {"count": 0, "x": self.shape.new_zeros(dim),
-                "square": self.shape.new_zeros(dim, dim), "tokens": {}}
+        dim = len(self.scatter)
+        return {"count": 0, "x": self.scatter.new_zeros(dim),
+                "square": self.scatter.new_zeros(dim, dim), "tokens": {}}
 
     def add(self, sums, prompts):
         """Add prompts to the sums of a task. They count once they are merged."""
@@ -828,26 +860,25 @@ class TaskKeys:
             count = more
             scatter += IMAGINARY * mean.square().mean() * torch.eye(len(mean), device="cpu")
             spread = scatter.diagonal().mean().item()
-        spread /= count + 1
+        spread /= count + 1  # the one is the imaginary prompt
         common = {token: total / count for token, (held, total) in tokens.items()
                   if held >= COMMON * count}
         self.tasks[name] = count, mean.float(), spread, common
-        # A task of short prompts spreads wide. Divided by the root of its spread, it does not rule
-        # the shape. It still counts more than a narrow task: those that are hard to tell apart are
-        # often the wide ones.
-        self.shape += scatter / math.sqrt(spread)
+        # Divided by sqrt(spread), wide tasks (of short prompts) weigh more than narrow ones, but do
+        # not dominate: tasks that are hard to tell apart are often the wide ones.
+        self.scatter += scatter / math.sqrt(spread)
         self.count += more
-        self.restore(*self.state())  # rounds the shape, so that saving it changes nothing
+        self.restore(*self.state())  # rounds the scatter, so that saving it changes nothing
 
     # ---- which task
 
     def infer(self, prompts):
         """([name], [confidence]) of prompts [(T,), ..]."""
-        dim, shared = len(self.shape), self.shared_tokens()
-        size = self.shape.diagonal().mean()
-        cov = self.shape + BALL * dim * size / self.count * torch.eye(dim, device="cpu")
-        root = torch.linalg.cholesky(cov / cov.diagonal().mean())  # the shape without its size
-        size = size / self.count  # the mean of all tasks' sqrt(spread)
+        dim, shared = len(self.scatter), self.shared_tokens()
+        cov = self.scatter / self.count
+        size = cov.diagonal().mean()  # the mean of all tasks' sqrt(spread)
+        cov = cov + BALL * dim / self.count * size * torch.eye(dim, device="cpu")
+        root = torch.linalg.cholesky(cov / cov.diagonal().mean())  # its shape without its size
 
         own, empty = [], []  # of each prompt: the text that is not shared, and whether it has none
         for ids in prompts:
@@ -859,14 +890,14 @@ class TaskKeys:
 
         logits, ratios = [], []
         for _, mean, spread, common in self.tasks.values():
-            # Shared text is put back to exactly the share that it has in the task's own prompts. So
-            # it cancels, and it dilutes a short prompt as much as a long one.
+            # The shared text gets exactly the share that it has in the task's own prompts. So it
+            # cancels, and it dilutes a short prompt as much as a long one.
             shares = torch.tensor([common[token] for token in shared.tolist()], device="cpu")
             x = self.embed(shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,) squared, for each dimension
-            # The width is half-way between one spread for all tasks and a spread for each. So a
-            # narrow task does not lose to a wide one what is a little off its mean.
+            # The width is half-way between one spread for all tasks and a spread for each.
+            # Otherwise a prompt slightly off a narrow task's mean would go to a wide task.
             width = math.sqrt(spread) * size
             logits.append(-dim / 2 * (distance / width + width.log()))
             ratios.append(distance / spread)  # about 1 for the task's own prompts
@@ -891,22 +922,22 @@ class TaskKeys:
     # ---- what is kept
 
     def state(self):
-        """What a file holds: of the shape only its root, a triangle, in bf16."""
-        rows, columns = torch.tril_indices(*self.shape.shape, device="cpu")
-        root = torch.linalg.cholesky(self.shape) if self.count else self.shape
+        """What a file holds: of the scatter only its root, a triangle, in bf16."""
+        rows, columns = torch.tril_indices(*self.scatter.shape, device="cpu")
+        root = torch.linalg.cholesky(self.scatter) if self.count else self.scatter
         return self.tasks, root[rows, columns].bfloat16(), self.count
 
     def restore(self, tasks, triangle, count):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
-        rows, columns = torch.tril_indices(*self.shape.shape, device="cpu")
+        rows, columns = torch.tril_indices(*self.scatter.shape, device="cpu")
         expect(triangle.shape == rows.shape, "its keys have another size")
-        root = torch.zeros_like(self.shape)
+        root = torch.zeros_like(self.scatter)
         root[rows, columns] = triangle.double()
-        self.tasks, self.shape, self.count = tasks, root @ root.T, count
+        self.tasks, self.scatter, self.count = tasks, root @ root.T, count
 
-    def bytes(self):
-        """{task: bytes of its key}. The shape, which all share, counts with the first one."""
-        dim = len(self.shape)
+    def key_bytes(self):
+        """{task: bytes of its key}. The scatter, which all share, counts with the first one."""
+        dim = len(self.scatter)
         sizes = {}
         for name, (_, _, _, common) in self.tasks.items():
             sizes[name] = 4 * dim + 8 + 8 * len(common) + (0 if sizes else dim * (dim + 1))
@@ -979,21 +1010,28 @@ def check_model(model):
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     expect(not meta, f"part of the base is offloaded (meta device): {meta[:3]}. Attach first, and "
                      "offload then")
+    expect(getattr(model, "tp_size", None) in (None, 1),
+           "tensor parallel layers see only a part of their inputs or outputs: load the base "
+           "without tp_plan. A base that outgrows a GPU can be sharded (docs/works-with.md)")
     kind = type(model).__name__
     expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
            f"{kind} has a head that was drawn at random, and the base stays as it is: expected a "
            "causal language model, which answers in words")
 
 
-def check_hooks(layers):
-    """Raise ValueError if somebody has removed a hook: that layer would be the bare base."""
+def check_layers(layers):
+    """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
     for layer in layers:
         hooks = layer.handle.hooks_dict_ref()
         expect(hooks is not None and layer.handle.id in hooks,
-               "the hook of a target is gone: detach() this MoSE, and load() it again")
+               "the hook of a target is gone, so the layer would be the bare base: detach() this "
+               "MoSE, and load() it again")
+        expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
+               "the experts are sharded: shard the base first and attach the experts then, or pass "
+               "all parameters of mose.layers as ignored_params (docs/works-with.md)")
 
 
-def expect_batch(x, rows):
+def expect_rows(x, rows):
     """Raise ValueError unless x (B, T, D) has a row for each task of the list in force."""
     expect(x.dim() == 3 and len(x) == rows,
            f"a list of {rows} tasks is in force, and a layer got {tuple(x.shape)}: expected as "
@@ -1009,7 +1047,9 @@ def compressed(numbers):
 
 def decompressed(data, dtype):
     """The inverse of `compressed`."""
-    planes = torch.tensor([*lzma.decompress(data)], dtype=torch.uint8, device="cpu").view(4, -1)
+    data = lzma.decompress(data)
+    expect(len(data) % 4 == 0, f"{len(data)} bytes, expected 4 for each number")
+    planes = torch.tensor([*data], dtype=torch.uint8, device="cpu").view(4, -1)
     return planes.T.contiguous().view(dtype).flatten()
 
 
@@ -1072,16 +1112,19 @@ def fingerprint(model):
     It is taken when a MoSE is attached. Later, a pass may have packed the weights in another way,
     or accelerate may have moved them elsewhere.
     """
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # FSDP2: a tied table is two tensors while it is whole
+            module.reshard()
     tensors = [*model.named_parameters(remove_duplicate=False)]  # a tied table by all its names
     for path, module in model.named_modules():  # the codes and scales of GPTQ and AWQ are buffers
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
                 tensors.append((f"{path}.{key}", buffer))
-    result = {name: numbers_of(tensor) for name, tensor in tensors}
+    result = {name: numbers_of(tensor) for name, tensor in tensors if tensor.numel() > 0}
     # Versions of transformers name and group some tensors differently. The number of all weights
     # stays, and shows a LoRA that was added.
     result["number of weights"] = [float(sum(p.numel() for p in model.parameters()))]
-    # They also name the frequencies of positions differently, so these are compared together.
+    # The frequencies of positions have several names too, so all of them are compared together.
     waves = sorted({tuple(numbers_of(wave)) for wave in frequencies(model)})
     result["frequencies of positions"] = [number for wave in waves for number in wave]
     # Frequencies don't show everything: dynamic ones have a factor that only long batches meet.
@@ -1097,7 +1140,8 @@ def fingerprint(model):
 def frequencies(model):
     """The frequencies of all rotary positions of a model."""
     for module in model.modules():
-        # These two follow the length of the last batch. What they start from stays.
+        # Dynamic and longrope positions change inv_freq with the length of the last batch, and
+        # keep what it was at first in original_inv_freq.
         kind = str(getattr(module, "rope_type", ""))
         moves = "dynamic" in kind or "longrope" in kind
         for name, value in {**vars(module), **module._buffers}.items():
@@ -1118,7 +1162,7 @@ def differences(saved, here, needed):
     """What differs between two fingerprints, by name; [] if they are of the same base.
 
     Only what both have is compared, since versions of transformers name some tensors differently.
-    But each module in `needed` (paths of the adapted layers and the embeddings) must be among it.
+    But each module in `needed` (paths of adapted layers and embeddings) must have a tensor in both.
     """
     both = [name for name in saved if name in here]
     far = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
