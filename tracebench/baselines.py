@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mose import MoSE, fixed_signs, top_k_gates
+from mose import MoSE, find_targets, fixed_signs, in_out, top_k_gates
 from tracebench.files import write_bytes
 
 ROUTER_DIM = 16  # numbers that the router of MoELoRA reads of a token, as many as in MoSEs
@@ -66,21 +66,6 @@ class MoELayer(LoRALayer):
         return self.scale * ((x @ self.A * gates) @ self.B)
 
 
-def linear_layers(model, targets):
-    """[(layer, D, O)] of all linear layers with one of these names."""
-    found = []
-    for path, layer in model.named_modules():
-        if path.rpartition(".")[2] not in targets:
-            continue
-        if hasattr(layer, "in_features"):
-            found.append((layer, layer.in_features, layer.out_features))
-        elif hasattr(layer, "nf"):  # the Conv1D of GPT-2
-            found.append((layer, layer.nx, layer.nf))
-    if not found:
-        raise ValueError(f"no linear layer of the model is called {' or '.join(targets)}")
-    return found
-
-
 class LoRA:
     """One LoRA on every target layer, trained on one task after the other.
 
@@ -96,9 +81,9 @@ class LoRA:
         self.trainable_before = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self.layers, self.handles = [], []
-        for layer, inputs, outputs in linear_layers(model, targets):
+        for layer in find_targets(model, targets):
             device = [*layer.parameters(), *layer.buffers()][0].device
-            self.layers.append(self.layer_class(inputs, outputs, **config).to(device))
+            self.layers.append(self.layer_class(*in_out(layer), **config).to(device))
             self.handles.append(layer.register_forward_hook(self.hook(self.layers[-1])))
 
     def hook(self, lora):

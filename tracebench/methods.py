@@ -58,7 +58,7 @@ def lessons(method, tasks, args):
     return plan
 
 
-def tested_after(t, method, tasks, args):
+def tasks_to_test(t, method, tasks, args):
     """The tasks that are tested after lesson t: by default every task that was seen so far."""
     if method == "joint" or t == len(tasks) - 1:
         return tasks
