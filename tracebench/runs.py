@@ -172,7 +172,9 @@ class Record:
         """
         result = self.result
         file = self.folder / f"{self.method}-{self.done() + 1}.pt"
-        if processes.RANK == 0:
+        # Each process holds a part of a sharded base, so they make its fingerprint together, and
+        # all of them save. The file is the same, and it is replaced whole.
+        if processes.RANK == 0 or processes.SHARDED:
             adapter.save(file)
         processes.wait()
         adapter.detach()
