@@ -44,7 +44,7 @@ from mose import MoSE
 from tracebench import processes
 from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, passes, whole_prompts
-from tracebench.methods import attach, lessons, rate, tested_after
+from tracebench.methods import attach, lessons, rate, tasks_to_test
 from tracebench.model import (
     IDLE, TOKENS_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model)
 from tracebench.options import Args, parse
@@ -75,7 +75,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         adapter = record.save(adapter, task, source, parameters, report)
 
         row = record.add({seen.name: evaluate(model, tokenizer, adapter, seen, args)
-                          for seen in tested_after(t, method, tasks, args)})
+                          for seen in tasks_to_test(t, method, tasks, args)})
         bar.write(f"{method:10} {t + 1} {task.name:12} {scores_in_words(row)}")
     adapter.detach()
 
