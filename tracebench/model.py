@@ -33,8 +33,8 @@ def load_model(args):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=dtype, device_map=args.device_map or None,
         **(processes.shards() if args.shard else {}))
-    model = model if args.device_map or args.shard else model.to(device)
-    if args.shard and model.device.type != device:
+    model = model if args.device_map or processes.SHARDED else model.to(device)
+    if model.device.type != device and processes.SHARDED:
         raise ValueError(f"--shard puts the base on {model.device.type}, and --device is {device}: "
                          "leave --device out")
     if tokenizer.eos_token_id is None:

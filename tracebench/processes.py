@@ -25,11 +25,11 @@ def start(device):
 
 
 def shards():
-    """Options of from_pretrained() with which a process loads its own part of each weight only.
-
-    Raises ValueError if transformers is too old to know them.
-    """
+    """Options of from_pretrained() with which a process loads its own part of each weight only: none,
+    where one process reads what several have done. Raises ValueError for an old transformers."""
     global SHARDED
+    if WORLD == 1:
+        return {}
     try:
         from transformers.distributed import DistributedConfig
         options = {"distributed_config": DistributedConfig(fsdp_size=WORLD)}

@@ -107,7 +107,9 @@ def draw(runs):
     """Tables and figures of finished runs, by a process of its own: whatever it does, the results
     are safe."""
     command = [sys.executable, "-m", "figures.report", *map(str, runs)]
-    if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
+    # It is one process, though torchrun may have started this one as one of several.
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    if subprocess.run(command, env={**env, "PYTHONPATH": str(ROOT)}).returncode:
         print(f"the results are safe; for their tables, in {ROOT}: {' '.join(command)}")
 
 
