@@ -73,11 +73,13 @@ def logits(mose, task):
         return mose.model(input_ids=data()).logits
 
 
-def train(mose, name, average=True, steps=3):
-    """One task, as the recipe learns it: each process has a part of each batch."""
-    mose.begin_task(name)
+def train(mose, name, average=True, steps=3, optimizer=None):
+    """One task, as the recipe learns it: each process has a part of each batch. With an optimizer,
+    the task is open already."""
+    if optimizer is None:
+        mose.begin_task(name)
+        optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=1e-2)
     mose.observe(data())
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=1e-2)
     rank, world = processes.RANK, processes.WORLD
     for _ in range(steps):
         mose.model(input_ids=data()[rank::world], labels=data()[rank::world]).loss.backward()
@@ -196,7 +198,8 @@ def with_accelerate(folder):
     names = {"torch": torch, "MoSE": MoSE, "model": load(), "accelerator": accelerator}
     torch.manual_seed(0)
     exec(recipe(2), names)
-    mose = train(names["mose"], "FOMC", average=False)
+    mose = train(names["mose"], "FOMC", average=False, optimizer=names["optimizer"])
+    train(mose, "later", average=False)
     note(folder, with_accelerate, pool=pool(mose), logits=logits(mose, "FOMC"),
          wrapped=[type(names["model"]).__name__, type(mose.layers[0].weight).__name__])
 
