@@ -48,7 +48,7 @@ from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, passes, whole_prompts
 from tracebench.methods import attach, lessons, rate, tasks_to_test
 from tracebench.model import (
-    TOKENS_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model)
+    IDLE, TOKENS_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model)
 from tracebench.options import Args, parse
 from tracebench.runs import Record, Tested, about, claimed, draw, note_data, unfinished
 from tracebench.scores import SCORES, floor, mean
@@ -101,7 +101,8 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         answer_tokens = sum(label != -100 for _, labels in batch for label in labels)
         loss = torch.zeros((), device=model.device)
         # The gradients of all passes add up to those of the batch, which may not fit into one.
-        for rows in passes(processes.share(batch), args.tokens):
+        for rows in processes.share_in_passes(
+                batch, lambda part: passes(part, args.tokens), idle=IDLE):
             logits, labels, _ = answer_logits(model, tokenizer, rows)
             part = F.cross_entropy(logits, labels, reduction="sum") / answer_tokens
             part.backward()
@@ -135,7 +136,8 @@ def probe(model, tokenizer, task, args):
     """The share of a task's probe examples that what is in force gets wrong, token for token. The
     loss would not do: most of it goes as soon as the form of an answer is known."""
     examples, wrong = task.probe_examples(), torch.zeros((), device=model.device)
-    for rows in processes.share(passes(examples, TOKENS_WITHOUT_GRADIENTS * args.tokens)):
+    groups = passes(examples, TOKENS_WITHOUT_GRADIENTS * args.tokens)
+    for rows in processes.share(groups, idle=IDLE):
         logits, labels, example = answer_logits(model, tokenizer, rows)
         wrong += example[logits.argmax(-1) != labels].unique().numel()
     processes.total(wrong)

@@ -53,6 +53,8 @@ def open_adapter(folder, results):
         raise ValueError("the run has no MoSEs")
     try:
         args = Args(**results[method]["args"])
+        if args.shard:
+            raise ValueError("its base was sharded, so it may be too large for one process")
         args = dataclasses.replace(args, device="cpu", device_map="")
         model, tokenizer = load_model(args)
         return MoSE.load(model, folder / f"{method}.pt"), tokenizer, args

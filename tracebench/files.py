@@ -6,7 +6,8 @@ import os
 
 def write_bytes(file, data):
     """Write a file under another name first, and then give it its own."""
-    temporary = file.with_suffix(".tmp")
+    # It has a name of its own, since several processes may write the same file.
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as out:
         out.write(data)
         out.flush()

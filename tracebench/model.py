@@ -11,6 +11,10 @@ from tracebench.data import cut, pad, passes, to_text
 TOKENS_WITHOUT_GRADIENTS = 4  # times --tokens
 TOKENS_IN_CACHE = 8  # times --tokens
 
+# The rows of a pass that a process makes only because others need its shard of the base: padding,
+# and no label.
+IDLE = [([0, 0], [-100, -100])]
+
 
 def choose_device(args):
     """(device, dtype) as asked for, or the best that is here."""
@@ -27,8 +31,12 @@ def load_model(args):
     device, dtype = choose_device(args)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, device_map=args.device_map or None)
-    model = model if args.device_map else model.to(device)
+        args.model, dtype=dtype, device_map=args.device_map or None,
+        **(processes.shards() if args.shard else {}))
+    model = model if args.device_map or processes.SHARDED else model.to(device)
+    if model.device.type != device and processes.SHARDED:
+        raise ValueError(f"--shard puts the base on {model.device.type}, and --device is {device}: "
+                         "leave --device out")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{args.model}: its tokenizer has no EOS, so answers would never end")
     if tokenizer.pad_token_id is None:
@@ -64,11 +72,12 @@ def generate(model, tokenizer, task, rows, args):
     prompts = {i: cut(task.test[i], task.limit, tokenizer.bos_token_id) for i in rows}
     groups = passes(rows, TOKENS_IN_CACHE * args.tokens, lambda i: len(prompts[i]) + task.max_new)
     texts = {}
-    for some in processes.share(groups):
+    for some in processes.share(groups, idle=[]):
         # The prompts are padded on the left, so that every answer begins at the same position.
-        ids, mask = pad([prompts[i] for i in some], tokenizer.pad_token_id, "left")
+        own = [prompts[i] for i in some] or [ids for ids, _ in IDLE]
+        ids, mask = pad(own, tokenizer.pad_token_id, "left")
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                             max_new_tokens=task.max_new)
+                             max_new_tokens=task.max_new, synced_gpus=processes.SHARDED)
         for i, answer in zip(some, out[:, ids.shape[1]:]):
             texts[i] = to_text(tokenizer, answer)
     return processes.union(texts)

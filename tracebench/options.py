@@ -7,6 +7,7 @@ from pathlib import Path
 import transformers
 
 from mose import MoSEConfig
+from tracebench import processes
 from tracebench.data import listed
 from tracebench.methods import METHODS
 from tracebench.scores import SCORES, TASKS
@@ -66,6 +67,7 @@ class Args:
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
     device_map: str = option("", "auto spreads a large base over several GPUs (needs accelerate)")
+    shard: bool = option(False, "each process keeps its part of the base only (torchrun, FSDP2)")
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
     ask: list[str] = dataclasses.field(default_factory=list, metadata={
         "metavar": ("FILE", "PROMPT"), "help": "only answer a prompt, with an adapter of mose"})
@@ -110,6 +112,14 @@ def check(args):
         raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}")
     if not 0 <= args.replay <= 1:
         raise ValueError(f"--replay: got {args.replay}, expected a share of 0 .. 1")
+    if args.shard and args.device_map:
+        raise ValueError("--shard and --device_map: expected one of them, since --shard spreads each "
+                         "layer over all processes, and --device_map whole layers over one's GPUs")
+    if args.shard and args.ask:
+        raise ValueError("--shard: --ask answers in one process, so leave --shard out")
+    if args.shard and processes.WORLD == 1:
+        raise ValueError("--shard: there is one process, so nothing to shard over: start it by python "
+                         "-m torch.distributed.run --nproc-per-node 2 train_trace.py --shard ..")
     if len(args.ask) not in (0, 2):
         raise ValueError(f"--ask: got {len(args.ask)} values, expected FILE and \"PROMPT\"")
 
@@ -126,4 +136,6 @@ def interrupted(args):
     began = json.loads(file.read_text()).get("options", {})
     if began.keys() != vars(args).keys():
         raise ValueError(f"--resume: {file} is of another version of this script: start again")
-    return Args(**began | {"resume": args.resume})
+    began = Args(**began | {"resume": args.resume})
+    check(began)
+    return began

@@ -1,5 +1,6 @@
 """What several processes of one run (torchrun) share. With one process, all of it does nothing."""
 
+import math
 import os
 import sys
 
@@ -7,6 +8,10 @@ import torch
 
 # Set by torchrun; without it there is one process, and no process group.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# Whether the base lies in shards. Then all processes make every pass together, each with rows of its
+# own: whoever makes fewer of them leaves the others waiting for ever.
+SHARDED = False
 
 
 def start(device):
@@ -19,9 +24,39 @@ def start(device):
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
-def share(rows):
-    """This process's part of a list."""
-    return [*rows][RANK::WORLD]
+def shards():
+    """Options of from_pretrained() with which a process loads its own part of each weight only: none,
+    where one process reads what several have done. Raises ValueError for an old transformers."""
+    global SHARDED
+    if WORLD == 1:
+        return {}
+    try:
+        from transformers.distributed import DistributedConfig
+        options = {"distributed_config": DistributedConfig(fsdp_size=WORLD)}
+    except (ImportError, TypeError):
+        raise ValueError("--shard needs a transformers that shards a base while it loads it: "
+                         "pip install \"transformers>=5.24\"") from None
+    SHARDED = True
+    return options
+
+
+def share(rows, idle=None):
+    """This process's part of a list. With a sharded base every part is as long, and what lacks in
+    the last parts is `idle`."""
+    rows = [*rows]
+    mine = rows[RANK::WORLD]
+    if SHARDED:
+        mine += [idle] * (math.ceil(len(rows) / WORLD) - len(mine))
+    return mine
+
+
+def share_in_passes(rows, split, idle):
+    """The passes that split() makes of this process's part of some rows. With a sharded base they
+    are as many as those of any other process, and what lacks is `idle`."""
+    if not SHARDED:
+        return split(rows[RANK::WORLD])
+    plans = [[*split(rows[rank::WORLD])] for rank in range(WORLD)]
+    return plans[RANK] + [idle] * (max(map(len, plans)) - len(plans[RANK]))
 
 
 def total(*tensors):

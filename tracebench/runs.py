@@ -107,7 +107,9 @@ def draw(runs):
     """Tables and figures of finished runs, by a process of its own: whatever it does, the results
     are safe."""
     command = [sys.executable, "-m", "figures.report", *map(str, runs)]
-    if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
+    # It is one process, though torchrun may have started this one as one of several.
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    if subprocess.run(command, env={**env, "PYTHONPATH": str(ROOT)}).returncode:
         print(f"the results are safe; for their tables, in {ROOT}: {' '.join(command)}")
 
 
@@ -172,7 +174,9 @@ class Record:
         """
         result = self.result
         file = self.folder / f"{self.method}-{self.done() + 1}.pt"
-        if processes.RANK == 0:
+        # Each process holds a part of a sharded base, so they make its fingerprint together, and
+        # all of them save. The file is the same, and it is replaced whole.
+        if processes.RANK == 0 or processes.SHARDED:
             adapter.save(file)
         processes.wait()
         adapter.detach()
