@@ -298,7 +298,7 @@ def share_of_all(layer, *given, begin=SubExperts.begin):
 def test_the_hundredth_task_still_gets_entries_and_learns_something(guard, monkeypatch):
     # Off: nothing is left after 34 tasks, and the next one is refused.
     guard or monkeypatch.setattr(SubExperts, "begin", share_of_all)
-    mose, falls = learn(attach(scale=32.0), *map(str, range(34)), steps=0), []
+    mose, falls = learn(attach(scale=32.0, density=0.03), *map(str, range(34)), steps=0), []
     if not guard:
         refuses("gets no entry", mose.begin_task, "34")
         return
