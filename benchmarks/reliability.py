@@ -14,9 +14,9 @@ tests/test_reliability.py runs a short form of each.
 """
 
 import argparse
-import bz2
 import contextlib
 import json
+import lzma
 import os
 import random
 import signal
@@ -66,7 +66,7 @@ def whole(runs):
     for file in runs.glob("*/*.json"):
         json.loads(file.read_text())
     for file in runs.glob("*/*.pt"):
-        bz2.decompress(file.read_bytes().removeprefix(mose.FORMAT))  # raises if it is damaged
+        lzma.decompress(file.read_bytes().removeprefix(mose.FORMAT))  # raises if it is damaged
 
 
 def outcome(folder):
@@ -122,7 +122,7 @@ def tiny():
 
 
 def learn(mose, name, steps=2):
-    mose.begin_task(name, lambda: 0.5 if mose.active else 1.0)
+    mose.begin_task(name, *mose.best_source(lambda: 0.5 if mose.active else 1.0))
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03, weight_decay=0.1)
     for _ in range(steps):
         ids = torch.randint(64, (4, 8))

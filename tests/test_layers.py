@@ -202,6 +202,26 @@ def test_a_list_needs_a_name_for_each_row_and_no_number_is_guessed(names):
         assert len(mose.model.generate(ids, **beams)) == 4  # control: repeated as `generate` does
 
 
+def test_beams_of_an_encoder_and_a_decoder_take_a_list_on_the_decoder_alone():
+    ids, beams = data("c", 2), {"num_beams": 2}
+    mose = learn(MoSE(seq2seq("t5"), MoSEConfig(targets=("q", "v"))), *"ab")
+    alone, bare = ([generated(mose, task, ids[i:i + 1], **beams)[0] for i in range(2)]
+                   for task in ("a", None))
+    together = generated(mose, "a", ids, **beams)[0].chunk(2)
+    assert all(map(torch.equal, together, alone))
+    assert not all(map(torch.equal, together, bare))  # control
+    for times in (1, 2):  # the encoder gets 2 rows, and the decoder 4
+        refuses(f"a list of {2 * times} tasks", lambda: generated(
+            mose, ["a"] * 2 * times, ids, **beams))
+    mose = learn(MoSE(seq2seq("t5"), MoSEConfig(targets=("decoder.block.0.layer.0.SelfAttention.q",
+                                                         "EncDecAttention.v"))), *"ab")
+    _, mixed = generated(mose, ["a", "a", "b", "b"], ids, **beams)  # logits (6 tokens, 4 rows, V)
+    for row, name in enumerate("ab"):  # control: it is not what the other task says
+        fits = [torch.allclose(mixed[:, 2 * row:2 * row + 2], generated(
+            mose, other, ids[row:row + 1], **beams)[1], atol=1e-4) for other in "ab"]
+        assert fits == [other == name for other in "ab"]
+
+
 # ------------------------------------------------------------------------------ which layers are there
 
 
