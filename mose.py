@@ -1,597 +1,1133 @@
 """Mixtures of SubExperts (MoSEs): a language model learns task after task and forgets none.
 
-An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file; it needs only torch.
+An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch.
 
-The base is frozen. Each target layer y = x W of a self-attention module gets E low-rank experts;
-the weights of all experts of a module are its pool of N entries. In each module a task has a
-router, which sends every token to its top_k experts, and a mask, which says what it reads there:
+The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
+All weights of its experts form the pool of the layer. A task learns a mask, which selects the
+entries of the pool that it reads, and a router, which sends each token to its top_k experts:
 
-    gate = top_k(softmax(x @ projection @ router.T))                                       (1)
-    y    = x W + scale * sum_e gate_e * x @ A_e @ B_e                                      (2)
-    A, B = mask * where(used, frozen, weight)                                              (3)
+    gate = top_k(softmax(x @ projection @ router.T))                                  (1)
+    y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
+    A, B = mask * where(used, frozen, weight)                                         (3)
 
-`used` marks the entries that some finished task reads. Their values come from the buffer `frozen`,
-which no optimizer can hold, so the output of a finished task can't change: forgetting is ruled out
-by construction. A new task takes at most the share `density` of the entries that are still free,
-so the pool fills ever more slowly.
+`used` marks the entries that belong to a finished task. Their values are in the buffer `frozen`,
+which no optimizer holds, so nothing that a finished task reads can ever change. Forgetting is ruled
+out by construction. A new task owns at most the share `density` of the free entries. It also reads
+every entry of A that is already used: these values are frozen, and they cost it nothing.
 
     mose = MoSE(model)
-    mose.begin_task("FOMC")                             # may start from a finished task: see there
-    mose.observe(prompt_ids)                            # its key, by which it is recognised later
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=1e-2)
+    mose.begin_task("FOMC")
+    mose.observe(prompt_ids)                            # makes the key that recognises the task
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=3e-3)
     for ids, labels in batches:
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step(), optimizer.zero_grad()
     mose.end_task()
-    mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC"), if the task is known
+    mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC") if the task is known
 
-Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P what a router
-reads of a token, N entries of a pool. In (1) x is what the module reads, in (2) its target.
-CHOICE: the paper leaves it open. DIFFERS: from Winning SubNetworks, on which this builds.
+Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
+a router reads of a token, N = E * R * (D + O) entries of a pool.
+
+CHOICE marks what we chose because we did not have the paper's method section.
+DIFFERS marks what is different in Winning SubNetworks (ICML 2022), on which the method builds.
 """
 
-import bz2
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
+import lzma
 import math
 import os
-import threading
+import pickle
+import warnings
 
 import torch
 from torch import nn
 
-FORMAT = b"MoSE 2\n"  # how the files begin that `save` writes
+
+def expect(condition, message):
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclasses.dataclass(frozen=True)
 class MoSEConfig:
-    """All that rebuilds the adapter; it travels in the checkpoint.
+    """Everything that rebuilds the adapter. It is saved with it.
 
     Raises ValueError for a value outside its range.
     """
 
-    # CHOICE: no value below is known from the paper. They follow from the search in
-    # results/routing.md.
-    targets: tuple = ("q_proj", "v_proj")  # linear layers, by the last part of their name
+    # CHOICE: the paper's own values are not known to us. These follow from the searches in results/.
+    targets: tuple = ("q_proj", "v_proj")  # names of linear layers, or the ends of their paths
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert
-    top_k: int = 2  # 1 <= K <= E, experts that a token is sent to
-    density: float = 0.03  # in (0, 1]: share of the free entries that a new task takes
+    top_k: int = 2  # K, 1 <= K <= E
+    density: float = 0.03  # in (0, 1], the share of the free entries that a new task owns
     scale: float = 8.0  # > 0, factor of the experts' sum
     router_dim: int = 16  # P >= 1
-    router_std: float = 1.0  # > 0, spread of a new router: at 1 its gates differ from the start
-    key_dim: int = 256  # >= 1, numbers of a task's key; cut to what the embeddings have
+    router_std: float = 1.0  # > 0, spread of a new router; at 1 its gates differ from the start
+    key_dim: int = 256  # >= 1, numbers of a task's key, at most as many as the embeddings have
 
     def __post_init__(self):
-        most = {"top_k": self.num_experts, "density": 1}
-        for name, value in list(vars(self).items())[1:]:  # all but targets: see find_targets
-            # Where the default is a whole number, the value has to be one too.
-            kind, high = type(getattr(MoSEConfig, name)), most.get(name, math.inf)
-            fits = type(value) in (int, kind) and 0 < value <= high  # np.float64 can't be loaded
-            expect(fits, f"{name}: got {value!r}, expected 0 < {kind.__name__} <= {high}")
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        object.__setattr__(self, "targets", tuple(plain_str(name) for name in targets))
+        expect(self.targets, "targets: got none, expected the name of a linear layer")
+        for name in ("num_experts", "rank", "top_k", "router_dim", "key_dim"):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 1, f"{name}: got {value!r}, expected an int >= 1")
+        for name in ("density", "scale", "router_std"):
+            value = getattr(self, name)
+            fits = type(value) in (int, float) and 0 < value < math.inf
+            expect(fits, f"{name}: got {value!r}, expected a finite float > 0")
+        expect(self.density <= 1, f"density: got {self.density}, expected at most 1")
+        expect(self.top_k <= self.num_experts,
+               f"top_k: got {self.top_k}, expected at most num_experts = {self.num_experts}")
 
 
-def expect(fine, message):
-    if not fine:
-        raise ValueError(message)
+# ------------------------------------------------------------------------------ masks and gates
+
+SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD: see `begin`
+WELL_BELOW = 0.75  # a source has to leave less than this share of what is left without it
 
 
-# ------------------------------------------------------------------------------ masks
+def top_k_mask(scores, k):
+    """The bool mask (N,) of exactly the k largest scores (N,)."""
+    # A threshold would also keep all scores that tie with it, and the mask would outgrow k.
+    best = scores.topk(k, sorted=False).indices  # (k,)
+    mask = torch.zeros_like(scores, dtype=torch.bool)  # (N,)
+    mask[best] = True
+    return mask
 
 
-def top_k_mask(score, k):
-    """The bool mask of exactly the k largest scores (N,)."""
-    # By index: a threshold keeps everything that ties with it, and the mask outgrows k.
-    return torch.zeros_like(score).bool().index_fill(0, score.topk(k, sorted=False).indices, True)
+class StraightThrough(torch.autograd.Function):
+    """Equation (3) on a pool: the values under the mask, and 0 elsewhere. All tensors are (N,).
 
-
-def straight_through(weight, score, frozen, used, mask):
-    """Equation (3), all (N,): values in the mask, 0 outside. Here, backward skips the masking.
-
-    So every score gets the gradient times its value, whether the mask holds its entry or not, and
-    can win a place (the straight-through estimator of Winning SubNetworks, ICML 2022). Every weight
-    gets the gradient itself, unless it is used.
+    The backward pass ignores the mask (the straight-through estimator of Winning SubNetworks). So
+    the score of every free entry learns, whether the mask selects the entry or not, and an entry
+    outside the mask can win a place in it.
     """
-    # DIFFERS: weights outside the mask learn too, not only their scores. B starts at 0, where the
-    # gradient of a score is exactly 0: an entry of B outside the mask could not rise into it.
-    value = torch.where(used, frozen, weight) * (1 + (score - score.detach()))  # times exactly 1
-    return value - torch.where(mask, 0.0, value).detach()  # backward does not see this subtraction
+
+    @staticmethod
+    def forward(ctx, weight, score, frozen, used, mask):
+        value = torch.where(used, frozen, weight)
+        ctx.save_for_backward(value, used)
+        return torch.where(mask, value, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, used = ctx.saved_tensors
+        # DIFFERS: the weights outside the mask learn too, not only their scores. B starts at 0,
+        # where the gradient of a score is 0, so an entry of B outside the mask could never win.
+        grad_weight = torch.where(used, 0.0, grad)
+        grad_score = grad * value
+        return grad_weight, grad_score, None, None, None
 
 
-# ------------------------------------------------------------------------------ experts
-
-
-def top_k_gates(x, to_gates, k):
-    """Equation (1): the gates (B, T, E) of tokens x (B, T, D), all but K of them 0.
-
-    to_gates (D, E) is projection @ router.T of a task.
-    """
-    gates = torch.softmax(x @ to_gates, dim=-1)  # (B, T, E)
+def top_k_gates(logits, k):
+    """The gates (B, T, E) of equation (1) from the router's logits (B, T, E): all but K are 0."""
+    gates = torch.softmax(logits, dim=-1)  # (B, T, E)
     best = gates.topk(k, dim=-1)  # (B, T, K)
-    # CHOICE: chosen gates keep their softmax value. Scaled to sum to 1, a single one (K = 1) would
-    # always be 1, and the router would never learn.
-    return torch.zeros_like(gates).scatter(-1, best.indices, best.values)
+    # CHOICE: the chosen gates keep their softmax value. If they were scaled to sum to 1, a single
+    # one (K = 1) would always be 1, and the router would get no gradient.
+    return torch.zeros_like(gates).scatter(-1, best.indices, best.values)  # (B, T, E)
 
 
-def this_thread():
-    """What a forward pass notes for its hooks is kept by thread: threads may share a model, and
-    checkpointing runs it again in a thread of autograd's.
-
-    A compiled graph can't ask for its thread. It need not: within one graph, what `route` writes
-    and `add_delta` reads are plain values of that graph. So compile the whole model.
-    """
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+# ------------------------------------------------------------------------------ the experts
 
 
 class SubExperts(nn.Module):
-    """The pool of one attention module: the experts on all its targets, and the router over them.
+    """The experts on one linear layer, with the masks and routers of all tasks.
 
-    The pool is one vector: A (D, E*R) and B (E*R, O) of the first target, then of the next. Expert
-    e has R columns of A, from e*R on, and the same rows of B.
+    The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
+    e*R .. (e+1)*R of A and the same rows of B.
 
-    weight, score (N,), router (E, P)  of the open task: Parameters, which an optimizer moves
-    frozen, used (N,)  values and places of finished tasks: buffers, so no optimizer holds them
-    source (N,)  of the used ones, the mask of the finished task that the open one starts from
-    tasks  {name: (mask (N,), router (E, P))} of finished tasks, on the CPU
-    in_force  [(name, to_gates, [A, B, A, B, ..])] of the finished tasks that are in force
-    now  {thread: [(rows, gates, [A, B, A, B, ..])]} of its last forward pass, one for each task
+    weight, score (N,), router (E, P)  Parameters of the open task, the one that is being learned
+    frozen (N,)     values of the used entries: a buffer, so no optimizer can hold them
+    owner (N,)      number of the task that an entry belongs to; 0 if it is free
+    inherited (N,)  bool, the used entries that the open task reads
+    num_new         [in A, in B] number of the entries that the open task will own
+    routers         {name: router (E, P)} of the finished tasks, on the CPU
+    learning        whether the open task is in force
+    in_force        otherwise [(rows, matrices)] of the finished tasks that are in force
     """
 
-    def __init__(self, attention, targets, inputs, config):
-        """Hook an attention module that reads `inputs` numbers, and its targets {name: layer}."""
+    def __init__(self, layer, config):
+        """`layer` maps D to O numbers: nn.Linear, a quantised one, or GPT-2's Conv1D."""
         super().__init__()
-        self.config, width, self.shapes = config, config.num_experts * config.rank, []
-        for d, o in map(in_out, targets.values()):
-            self.shapes += [(d, width), (width, o)]
-        # Quantised layers may have buffers only.
-        device = [*attention.parameters(), *attention.buffers()][0].device
-        zeros = torch.zeros(sum(map(math.prod, self.shapes)), dtype=torch.float32, device=device)
-        self.weight, self.score = nn.Parameter(zeros.clone()), nn.Parameter(zeros.clone())
+        self.config = config
+        D, O = in_out(layer)
+        self.shape_A = D, config.num_experts * config.rank
+        self.shape_B = config.num_experts * config.rank, O
+        self.size_A = math.prod(self.shape_A)
+        zeros = torch.zeros(self.size_A + math.prod(self.shape_B), device=device_of(layer),
+                            dtype=torch.float32)
+        self.weight = nn.Parameter(zeros.clone())
+        self.score = nn.Parameter(zeros.clone())
         self.router = nn.Parameter(zeros.new_zeros(config.num_experts, config.router_dim))
-        # Not in state_dict(): an older one, put back, would undo the tasks finished since. `source`
-        # belongs to the open task, and goes with its weight, score and router.
+        # CHOICE: each layer has a router of its own, which reads what the layer reads, through a
+        # fixed random projection to P numbers. A router on all D numbers would need as many bytes
+        # for each task as the matrix A of a LoRA of rank E.
+        projection = fixed_signs(D, config.router_dim) / math.sqrt(D)
+        # These are not in state_dict(): an old one, put back, would undo what was learned since.
+        self.register_buffer("projection", projection.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
-        self.register_buffer("used", zeros.bool(), persistent=False)
-        self.register_buffer("source", zeros.bool())
-        # CHOICE: routers read their module's input through a fixed random projection to P numbers.
-        # With D numbers they would need as many bytes as the A of a LoRA of rank E, for every task.
-        projection = (fixed_signs(inputs, config.router_dim) / math.sqrt(inputs)).to(zeros)
-        self.register_buffer("projection", projection, persistent=False)
-        self.tasks, self.num_new, self.now = {}, 0, {0: []}
-        self.handles = [attention.register_forward_pre_hook(self.route, with_kwargs=True)]
-        for i, layer in enumerate(targets.values()):
-            self.handles += [layer.register_forward_hook(functools.partial(self.add_delta, i))]
-
-    def _apply(self, fn, recurse=True):
-        # It follows its module to another device, but not to another dtype: model.bfloat16() would
-        # round what finished tasks read.
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-        self.activate(self.names, self.learning)
-        return self
-
-    def __getstate__(self):
-        return {**self.__dict__, "now": {0: []}}  # what is part of a graph can't be copied
+        self.register_buffer("owner", zeros.int(), persistent=False)
+        self.register_buffer("inherited", zeros.bool(), persistent=False)
+        self.num_new = [0, 0]
+        self.is_open = False
+        self.routers = {}
+        self.learning = False
+        self.in_force = []
+        self.batch = None
 
     # ---- the life of a task
 
     @torch.no_grad()
-    def begin(self, source, need, generator):
-        """Open a task: from a finished one (source), or with a new router and new entries (None).
+    def begin(self, lineage, source, need, generator):
+        """Open a task. It starts from the finished task `source`, or as the bare base (None).
 
-        need: how much of the usual number of new entries it takes, 0 .. 1.
+        lineage: its own number, that of its source, that of the source's source, and so on.
+        need: the share, 0 .. 1, of the usual number of new entries that it owns.
         """
-        # Here, since others may have switched it off, or left gradients of a task that was dropped.
-        self.requires_grad_(True).zero_grad()
-        # CHOICE: the share is of what is still free, so that the pool never runs out.
-        self.num_new = int(need * self.config.density * (~self.used).sum())
-        # So close together that some steps of an optimizer change their order.
-        self.score.copy_(0.01 * torch.rand(self.score.shape, generator=generator))
-        router = self.config.router_std * torch.randn(self.router.shape, generator=generator)
-        mask, router = self.tasks.get(source, (torch.tensor(False), router))  # none: an empty mask
-        self.source.copy_(mask)
-        self.router.copy_(router)
-        # Straight-through has moved free entries that were in no mask. Without a new start they
-        # would be in this task's delta before it has learned anything. At 0 the delta is exactly
-        # that of the source, whose A and B, which are not 0, give new entries their gradients.
+        self.is_open = True
+        expect(not self.weight.is_meta, "the base was offloaded, and the experts with it: begin "
+               "tasks before that")
+        # The caller may have frozen these, or left gradients of a task that was dropped.
+        self.requires_grad_(True)
+        self.zero_grad()
+        # CHOICE: density is a share of the entries that are still free, in A and in B each. So
+        # neither of them ever runs out.
+        for part, owner in enumerate(self.split(self.owner)):
+            free = int((owner == 0).sum())
+            self.num_new[part] = int(need * self.config.density * free)
+        self.inherited.copy_(self.reads(lineage))
+        # CHOICE: the scores start so close together that a few steps of Adam change their order.
+        # Adam moves a score by about the learning rate, so only the ratio of the two matters.
+        drawn = torch.rand(self.score.shape, generator=generator, device="cpu")
+        self.score.copy_(SCORE_SPREAD * drawn)
+        # Straight-through also moved free entries outside the mask. They start anew here: otherwise
+        # this task would read them before it has learned anything.
         self.weight.zero_()
-        if source is None:  # A uniform in +-1/sqrt(D), B at 0: the delta is exactly 0
-            for A in self.unpack(self.weight, self.router)[1][::2]:
-                A.copy_((2 * torch.rand(A.shape, generator=generator) - 1) / math.sqrt(len(A)))
+        if source is None:
+            # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
+            D, _ = self.shape_A
+            A, _ = self.split(self.weight)
+            drawn = torch.rand(A.shape, generator=generator, device="cpu")
+            A.copy_((2 * drawn - 1) / math.sqrt(D))
+            drawn = torch.randn(self.router.shape, generator=generator, device="cpu")
+            self.router.copy_(self.config.router_std * drawn)
+        else:
+            # New entries are 0, so the task starts exactly as its source. They can learn, since
+            # the A and B of the source are not 0.
+            self.router.copy_(self.routers[source])
+
+    def reads(self, lineage):
+        """The used entries (N,) that a task reads: a bool mask.
+
+        They are its own and those of the tasks in its lineage. The last of these started from the
+        bare base. It found entries of A that earlier tasks had used, and reads all of them.
+        """
+        # CHOICE: a new task reads all used entries of A. Nothing has to be stored for that, and its
+        # experts become wider. It does not read the used entries of B, which would add the outputs
+        # of all earlier tasks to its own.
+        mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
+        owner_A = self.owner[:self.size_A]
+        mask[:self.size_A] |= (0 < owner_A) & (owner_A < lineage[-1])
+        return mask
 
     def select(self):
-        """The open task's mask (N,): that of its source, and its best free entries."""
-        # CHOICE: one mask is chosen for all A and B of a module together, so that what needs more
-        # entries gets more.
-        return self.source | top_k_mask(self.score.masked_fill(self.used, -math.inf), self.num_new)
+        """The new entries of the open task (N,), a bool mask: the best of the free entries."""
+        free_score = self.score.masked_fill(self.owner > 0, -math.inf)
+        score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
+        new_A, new_B = self.num_new
+        return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
 
-    def finish(self, name):
-        """Freeze what the open task reads. If that failed halfway, it can be called again."""
-        if name not in self.tasks:
-            mask = self.select()
-            self.frozen.copy_(torch.where(mask & ~self.used, self.weight.detach(), self.frozen))
-            self.tasks[name] = mask.cpu(), self.router.detach().to("cpu", copy=True)
-        self.protect()
+    @torch.no_grad()
+    def finish(self, name, number):
+        """Freeze the new entries of the open task. If this fails halfway, call it again."""
+        if name in self.routers:
+            return
+        new = self.select()
+        router = self.router.detach().to("cpu", copy=True)
+        self.frozen.copy_(torch.where(new, self.weight, self.frozen))
+        self.owner.masked_fill_(new, number)
+        self.routers[name] = router
+        self.is_open = False
 
-    def protect(self):
-        """Mark as used what the finished tasks read, and free all else."""
-        # (A sum of bools is their union.)
-        self.used.copy_(sum((mask for mask, _ in self.tasks.values()), torch.tensor(False)))
-        self.frozen.masked_fill_(~self.used, 0.0)
-
-    # Autograd can't save what is made in inference mode for a backward pass through it later.
-    @torch.inference_mode(False)
-    def activate(self, names, learning=False):
-        """Put finished tasks in force: a name for each example, or one for all; None is the bare
-        base. Or the open task (learning): then names is [None], which stands for it.
-
-        What finished tasks read is built here once, and not for every token. What the open one
-        reads changes with every step, so `route` builds it.
-        """
-        self.names, self.learning, self.in_force = names, learning, []
-        for name in sorted({*names} - {None}):
-            mask, router = (tensor.to(self.used.device) for tensor in self.tasks[name])
-            self.in_force.append((name, *self.unpack(torch.where(mask, self.frozen, 0.0), router)))
-
-    def unpack(self, pool, router):
-        """(to_gates (D, E), [A (D, E*R), B (E*R, O), A, B, ..]) of a pool (N,) and a router."""
-        parts = zip(pool.split([*map(math.prod, self.shapes)]), self.shapes)
-        return self.projection @ router.mT, [part.view(shape) for part, shape in parts]
+    def keep(self, lineages):
+        """Free all entries that no task with one of these lineages reads."""
+        read = torch.zeros_like(self.owner, dtype=torch.bool)  # (N,)
+        for lineage in lineages:
+            read |= self.reads(lineage)
+        self.owner.masked_fill_(~read, 0)
+        self.frozen.masked_fill_(~read, 0.0)
 
     # ---- the life of a token
 
-    def route(self, attention, args, kwargs):
-        """Forward pre-hook of the attention module: equation (1), and (3) for the open task."""
-        x = args[0] if args else kwargs["hidden_states"]  # (B, T, D)
-        times, rest = divmod(len(x), len(self.names))  # generate repeats examples: beams, answers
-        expect(not rest, f"got {len(self.names)} tasks for a batch of {len(x)} examples: one each")
-        now = self.now[this_thread()] = []
+    def add_delta(self, layer, args, out):
+        """Forward hook of the layer: equation (2). It adds what the experts say to `out`."""
+        x = args[0]  # (B, T, D)
         if self.learning:
-            pool = straight_through(self.weight, self.score, self.frozen, self.used, self.select())
-        with torch.autocast(x.device.type, enabled=False):  # or gates would be rounded to bf16
-            open_task = [(None, *self.unpack(pool, self.router))] if self.learning else []
-            for task, to_gates, matrices in open_task or self.in_force:
-                own = (i for i in range(len(x)) if self.names[i // times] == task)
-                rows = torch.tensor([*own], device=x.device) if len(self.names) > 1 else slice(None)
-                gates = top_k_gates(x[rows].float(), to_gates, self.config.top_k)  # (B, T, E)
-                gates = self.config.scale * gates.repeat_interleave(self.config.rank, dim=-1)
-                now.append((rows, gates, matrices))  # gates (B, T, E*R): one for each column of A
-
-    def add_delta(self, i, layer, args, out):
-        """Forward hook of target i: equation (2), all experts in two matrix products."""
-        for rows, gates, matrices in self.now[this_thread()]:
-            A, B = matrices[2 * i : 2 * i + 2]  # (D, E*R), (E*R, O)
-            x = args[0][rows].float()  # (B, T, D); the base may be bf16, and autocast goes its way
-            expect(x.shape[:2] == gates.shape[:2], f"target {i} reads other tokens than its router")
-            delta = ((x @ A * gates) @ B).to(out.dtype)  # (B, T, E*R) -> (B, T, O)
-            out = out + delta if isinstance(rows, slice) else out.index_add(0, rows, delta)
+            return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
+        if self.batch is not None:
+            expect_batch(x, self.batch)
+        for rows, matrices in self.in_force:
+            if rows is None:  # one task for all examples
+                out = out + self.delta(x, matrices).to(out.dtype)
+            else:
+                out = out.index_add(0, rows, self.delta(x[rows], matrices).to(out.dtype))
         return out
 
+    def delta(self, x, matrices):
+        """What all experts add for the tokens x (B, T, D): (B, T, O)."""
+        A_and_gates, B = matrices
+        E, R = self.config.num_experts, self.config.rank
+        # The experts are fp32 although the base may be bf16, and although autocast may be on.
+        with torch.autocast(x.device.type, enabled=False):
+            products = x.float() @ A_and_gates  # (B, T, E*R + E)
+            hidden, logits = products.split([E * R, E], dim=-1)
+            gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
+            hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
+            return hidden.flatten(-2) @ B  # (B, T, O)
 
-# ------------------------------------------------------------------------------ helpers
+    def open_matrices(self):
+        """The matrices of the open task. They change with each step of its optimizer."""
+        with torch.no_grad():
+            mask = self.inherited | self.select()
+            used = self.owner > 0
+        pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, mask)
+        return self.matrices(pool, self.router)
 
+    def finished(self, name, lineage, rows):
+        """(rows, matrices) of a finished task for `in_force`. They are made once for all tokens.
 
-def fixed_signs(*shape):
-    """Numbers -1.0 or 1.0, the same on every machine, so never stored.
+        rows: where the task has its examples in the batch, or None for all of them.
+        """
+        device = self.frozen.device
+        pool = torch.where(self.reads(lineage), self.frozen, 0.0)
+        matrices = self.matrices(pool, self.routers[name].to(device))
+        return rows if rows is None else torch.tensor(rows, device=device), matrices
 
-    From a hash, since torch promises no fixed sequence of its generators: with other signs all
-    saved routers and keys would be worthless.
-    """
-    digest = bytearray(hashlib.shake_256(b"MoSEs").digest(math.prod(shape)))
-    return (torch.frombuffer(digest, dtype=torch.uint8) % 2).float().view(shape) * 2.0 - 1.0
+    def matrices(self, pool, router):
+        """A of all experts beside the weights of the gates (D, E*R + E), and scale * B (E*R, O).
 
+        Side by side, A and the weights of the gates need one product with the tokens, not two.
+        """
+        A, B = self.split(pool)
+        with torch.autocast(pool.device.type, enabled=False):
+            to_gates = self.projection @ router.T  # (D, E)
+        return torch.cat([A, to_gates], dim=1), self.config.scale * B
 
-def in_out(layer):
-    """(D, O) of an nn.Linear, of a quantised one and of GPT-2's Conv1D; None for other layers."""
-    names = ("in_features", "out_features") if hasattr(layer, "in_features") else ("nx", "nf")
-    return tuple(getattr(layer, name) for name in names) if hasattr(layer, names[1]) else None
+    def split(self, pool):
+        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
+        A, B = pool[:self.size_A], pool[self.size_A:]
+        return A.view(self.shape_A), B.view(self.shape_B)
 
+    # ---- casts and state_dict(): what it takes to live in other people's code
 
-def find_targets(model, wanted):
-    """[(attention module, {name: target}, D)] of all attention modules that hold a wanted layer.
+    def _apply(self, fn, recurse=True):
+        # The experts follow their layer to another device, but not to another dtype: model.half()
+        # would round what finished tasks read.
+        def move(tensor):
+            return tensor.to(fn(tensor).device)
 
-    Raises ValueError for a name that no layer has, and for a layer that may read other tokens than
-    the router, which reads what its attention module reads.
-    """
-    found, fit, unfit = [], set(), set()
-    for path, module in model.named_modules():
-        layers = {name: layer for name, layer in module.named_children() if in_out(layer)}
-        if layers and "att" in f"{path.split('.')[-1]} {type(module).__name__}".lower():
-            inputs = in_out([*layers.values()][0])[0]  # D, of q_proj or its like
-            cross = any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
-            # A target has D as its input (q, k, v) or its output (o). Others, such as kv_b_proj of
-            # MLA, read a compressed cache: more tokens than the module does. One bad place rules a
-            # name out.
-            for name, layer in layers.items():
-                (unfit if cross or inputs not in in_out(layer) else fit).add(name)
-            found.append((module, {n: layers[n] for n in layers if n in wanted}, inputs))
-    wrong, fit = sorted({*wanted} - (fit - unfit)), sorted(fit - unfit)
-    expect(wanted and not wrong, f"{wrong} can't be targets: not in an attention module or reading "
-           f"other tokens than its router (cross-attention, compressed keys); there are {fit}")
-    return [entry for entry in found if entry[1]]
+        super()._apply(move, recurse)
+        self.in_force = [(rows if rows is None else move(rows), [move(m) for m in matrices])
+                         for rows, matrices in self.in_force]
+        return self
 
+    def _save_to_state_dict(self, *args):
+        # state_dict() holds the base and the open task. When no task is open, it is the base alone.
+        if self.is_open:
+            super()._save_to_state_dict(*args)
 
-def fingerprint(model):
-    """Two numbers for each tensor of a base, nearly the same for its fp32, fp16 and bf16 copies.
-
-    For a tensor W they are u W V / |W| with fixed signs u and V: they depend on what stands where,
-    and rounding moves them by thousandths.
-    """
-    numbers, positions = [], [b for b in model.named_buffers() if b[0].endswith(".inv_freq")]
-    for name, tensor in [*model.named_parameters(), *positions]:
-        if ".sub_experts." not in name:
-            W = tensor.detach().float().reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
-            u, V = fixed_signs(1, len(W)).to(W), fixed_signs(W.shape[1], 2).to(W)
-            numbers.append((u @ W @ V / W.norm()).nan_to_num().cpu())
-    return torch.cat(numbers)
+    def _load_from_state_dict(self, *args):
+        if self.is_open:
+            super()._load_from_state_dict(*args)
 
 
 # ------------------------------------------------------------------------------ the whole
 
 
 class MoSE:
-    """Attaches sub-experts to a model, and manages its tasks and their keys.
+    """Attaches SubExperts to the target layers of a model, and manages the tasks.
 
-    layers: the SubExperts of each attention module; tasks: names of the finished tasks, in order;
-    open: the task being learned, or None; active: what `set_task` got.
-
-    A task's key, by which it is recognised, is made of running sums: no prompt is kept. A prompt is
-    a vector x of key_dim numbers. key_means: {task: mean of its x}; key_scatter: sum of
-    (x - mean) (x - mean)^T over all key_count prompts of tasks that ended; key_new: the sums of the
-    open task, which count when it ends.
+    layers  the SubExperts, in the order of the model's layers
+    tasks   {name: lineage} of the finished tasks, in the order of learning. A lineage is a list of
+            numbers: that of the task, of the task that it started from, and so on.
+    open    name of the task that is being learned, or None
+    active  what `set_task` got
+    keys    the TaskKeys, by which prompts find their task
     """
 
-    @torch.inference_mode(False)  # its Parameters are to be trained, wherever it is made
+    @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
     def __init__(self, model, config=None):
-        """Attach to `model` and freeze it. ValueError if a target does not fit it."""
-        self.model, self.config = model, config or MoSEConfig()
-        self.tasks, self.open, self.active = [], None, None
-        expect(SubExperts not in map(type, model.modules()), "a MoSE is attached: detach() it")
-        expect(not any(p.is_meta for p in model.parameters()),
-               "part of the base is offloaded (meta device): load it without that")
-        self.attached = find_targets(model, self.config.targets)
-        dim = min(self.config.key_dim, model.get_input_embeddings().weight.shape[1])
-        self.key_means, self.key_scatter, self.key_count = {}, torch.zeros(dim, dim), 0
-        self.unfrozen = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
-        model.requires_grad_(False)  # detach() switches on again what is in `unfrozen`
-        for attention, targets, inputs in self.attached:
-            attention.sub_experts = SubExperts(attention, targets, inputs, self.config)
-        self.layers = [attention.sub_experts for attention, _, _ in self.attached]
-        self.own = {name for name in model.state_dict() if ".sub_experts." in name}
-        self.set_task(None)
+        """Attach to a causal language model and freeze it.
 
-    def detach(self):
-        """Take everything off: the base is what it was, bit for bit."""
-        expect(self.layers[0] in self.model.modules(), "this MoSE is detached already")
-        for attention, _, _ in self.attached:
-            for handle in attention.sub_experts.handles:
-                handle.remove()
-            del attention.sub_experts
-        self.unfrozen.requires_grad_(True)
+        Raises ValueError if a target is not in the model, or if the model can't be adapted.
+        """
+        self.model = model
+        self.config = config or MoSEConfig()
+        self.tasks = {}
+        self.open = None
+        self.active = None
+        self.count = 0  # number of the last task that was begun
+        self.packed = {}  # see `_pack`
+        check_model(model)
+        targets = find_targets(model, self.config.targets)
+        # By these a saved file recognises its base.
+        self.base = fingerprint(model)
+        needed = [*targets, model.get_input_embeddings()]
+        self.needed = [path for path, module in model.named_modules() if module in needed]
+        self.layers = [SubExperts(layer, self.config) for layer in targets]
+        self.keys = TaskKeys(model.get_input_embeddings(), self.config.key_dim)
+        self.trainable_before = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        for layer, experts in zip(targets, self.layers):
+            layer.sub_experts = experts
+            # A bound method: a lambda would make a deepcopy use the experts of the original.
+            experts.handle = layer.register_forward_hook(experts.add_delta)
 
     # ---- the life of a task
 
-    def begin_task(self, name, probe=None):
-        """Open a task; returns the finished task that it starts from, or None.
+    def best_source(self, probe, guess=math.inf):
+        """Which finished task a new one should start from: (source, need) for `begin_task`.
 
-        From None its delta is exactly 0 until it is trained. probe() tells how much is left to
-        learn, say the share of its examples that are answered wrong; it is called under the bare
-        base and under each finished task. ValueError if it would start from None without an entry.
+        probe(): how much of the new task is left to learn with what is in force, say the share of
+        its examples that are answered wrong. It is called under the bare base and under each
+        finished task. guess: what the best constant answer leaves, measured in the same way.
+        Returns (None, 1.0) if no finished task is worth it. Raises ValueError if probe() gives
+        anything but numbers >= 0.
         """
-        expect(self.open is None and isinstance(name, str) and name not in self.tasks,
-               f"{name!r}: expected a task not in {self.tasks}; open {self.open!r}: end_task() it")
         left = {}
-        for source in [None, *self.tasks] if probe else ():
+        for source in [None, *self.tasks] if self.tasks else []:
             with self.task(source), torch.no_grad():
-                left[source] = float(probe())
-        expect(all(0 <= v < math.inf for v in left.values()), f"probe() gave {left}, expected >= 0")
-        # CHOICE: a new task starts from the one that leaves least to learn, if that is well below
-        # what the base leaves. It takes that share of the new entries. How the paper reuses old
-        # experts is not known.
-        source = min(left, key=left.get, default=None)
-        need = left[source] / left[None] if source is not None else 1.0
-        start = [(source, need) if need < 0.75 else (None, 1.0), int(torch.randint(2**62, ()))]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(start)  # a task has to start alike on all ranks
-        (source, need), generator = start[0], torch.Generator().manual_seed(start[1])
+                left[source] = same_on_all_ranks(float(probe()))
+            expect(0 <= left[source] < math.inf,
+                   f"probe() gave {left[source]} under {source!r}, expected a number >= 0")
+        if not left:
+            return None, 1.0
+        # CHOICE: a new task starts from the finished one that leaves least to learn, if this is
+        # well below what the base and a constant answer leave. It then needs that share of the
+        # usual number of new entries. How the paper reuses experts is not known to us.
+        without = min(left.pop(None), guess)
+        source = min(left, key=left.get)
+        if left[source] < WELL_BELOW * without:
+            return source, left[source] / without
+        return None, 1.0
+
+    def begin_task(self, name, source=None, need=1.0):
+        """Open a task. Without a source its delta is exactly 0 until it is trained.
+
+        source: a finished task to start from. need: share of the usual number of new entries.
+        `begin_task(name, *mose.best_source(probe))` chooses both. Raises ValueError if a task is
+        open, if the name is taken, or if there is no entry left that the task could learn.
+        """
+        name = plain_str(name)
+        expect(self.open is None, f"task {self.open!r} is open: end_task() or forget() it first")
+        expect(name not in self.tasks, f"task {name!r} is finished: expected a new name")
+        expect(source is None or source in self.tasks,
+               f"source: got {source!r}, expected None or one of {[*self.tasks]}")
+        expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
+        # All processes have to draw the same numbers.
+        seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.lineage = [self.count + 1, *self.tasks.get(source, [])]
         for layer in self.layers:
-            layer.begin(source, need, generator)
-        # (From a source a task may get none: its router still learns.)
-        expect(source is not None or any(layer.num_new for layer in self.layers),
-               f"{name!r} gets no entry: density x free is under 1; forget() a task first")
-        self.open, self.key_new = name, (0, 0.0, 0.0)  # number of prompts, sum of x and of x x^T
+            layer.begin(self.lineage, source, need, generator)
+        # A task with a source may get no new entry: then its routers learn alone.
+        new_in_B = sum(layer.num_new[1] for layer in self.layers)
+        if source is None and new_in_B == 0:  # B starts at 0, so it could never say anything
+            for layer in self.layers:
+                layer.is_open = False
+            raise ValueError(f"{name!r} gets no entry of B: density x free entries is under 1. "
+                             "forget() a task, or attach with a larger rank or density")
+        self.count += 1
+        self.open = name
+        self.open_key = self.keys.new_sums()
         self.set_task(name)
-        return source
 
     def trainable_parameters(self):
-        """The open task's Parameters. Give each task a fresh optimizer: old momentum is noise."""
+        """The open task's Parameters: weights, scores and routers.
+
+        Make a new optimizer for each task: the old one's momentum is noise for a new task.
+        """
         expect(self.open is not None, "no task is open: call begin_task(name) first")
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
 
     def end_task(self):
-        """Freeze all that the open task reads; returns its entry of `capacity()`.
+        """Freeze what the open task has learned, and return its entry of `capacity()`.
 
-        If it fails halfway, out of memory say, the task stays open: call it again, or forget().
+        If this fails halfway (out of memory, say), the task stays open: call it again.
         """
-        expect(all(p.isfinite().all() for p in self.trainable_parameters()),
-               f"task {self.open!r} is not finite: forget() it, lower the rate")
-        name, (count, total, square) = self.open, self.key_new
+        finite = all(p.isfinite().all() for p in self.trainable_parameters())
+        expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
+                       "learn it again with a lower rate")
+        name, number = self.open, self.lineage[0]
         for layer in self.layers:
-            layer.finish(name)
-        if count:
-            self.key_means[name], self.key_count = (total / count).float(), self.key_count + count
-            self.key_scatter += (square - torch.outer(total, total) / count).float()
-        self.tasks, self.open = [*self.tasks, name], None
+            layer.finish(name, number)
+        self.tasks[name] = self.lineage
+        self.open = None
+        if self.open_key["count"] > 0:
+            self.keys.merge(name, self.open_key)
+        else:
+            warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
+                          f"observe(prompts, task={name!r})", stacklevel=2)
         self.set_task(name)
         return self.capacity()[name]
 
-    def forget(self, name):
-        """Remove a task, or drop the open one; while one is open, only that one can go. What the
-        others compute stays the same, bit for bit."""
-        known = self.tasks if self.open is None else [self.open]
-        expect(name in known, f"can't forget {name!r}: expected one of {known}")
-        for layer in self.layers:
-            layer.tasks.pop(name, None)
-            layer.protect()
-        self.tasks, self.open = [task for task in self.tasks if task != name], None
-        self.key_means.pop(name, None)  # the scatter stays: it tells how prompts differ in general
-        gone = name == self.active or isinstance(self.active, list) and name in self.active
-        self.set_task(None if gone else self.active)
-
     # ---- which task is in force
 
+    @torch.inference_mode(False)  # autograd could not use matrices that were made in it
     def set_task(self, task):
-        """A task for all examples, a list with one finished task per example, or None for the base.
+        """Put a task in force, for all threads: a name, None for the bare base, or a list.
 
-        A batch may be a multiple of the list: generate repeats examples for beams and answers. A
-        task is set for all threads. Keep it until after backward(): gradient checkpointing runs the
-        forward pass once more.
+        A list has a finished task, or None, for each row of the batch. `generate` repeats each
+        example for beams and for several answers: repeat its name as often. Keep the task until
+        after backward(), since gradient checkpointing runs the forward pass once more.
+        Raises ValueError for a task that is not known.
         """
-        learning = task is not None and task == self.open
-        names = [*task] if isinstance(task, list) else [task]  # a copy: the caller may change it
-        expect(learning or names and {*names} <= {None, *self.tasks},
-               f"unknown task {task!r}: finished so far are {self.tasks}")
+        if isinstance(task, str):
+            task = plain_str(task)
+        names = [*task] if isinstance(task, list) else [task]
+        learning = self.open is not None and task == self.open
+        unknown = [name for name in names if name is not None and name not in self.tasks]
+        expect(learning or not unknown,
+               f"unknown tasks {unknown}: finished so far are {[*self.tasks]}")
+        expect(names, "got an empty list of tasks, expected one for each row of the batch")
+        check_hooks(self.layers)
+        rows_of = {}  # {name: its rows of the batch, or None for all rows}
+        for name in self.tasks:
+            if name in names:
+                rows_of[name] = None
+                if isinstance(task, list):
+                    rows_of[name] = [i for i, other in enumerate(names) if other == name]
+        # All layers change together, even if one of them runs out of memory here.
+        in_force = []
         for layer in self.layers:
-            with torch.autocast(layer.used.device.type, enabled=False):  # or to_gates would be bf16
-                layer.activate([None] if learning else names, learning)
+            in_force.append([layer.finished(name, self.tasks[name], rows)
+                             for name, rows in rows_of.items()])
+        for layer, tasks in zip(self.layers, in_force):
+            layer.in_force = tasks
+            layer.learning = learning
+            layer.batch = len(names) if isinstance(task, list) else None
         self.active = names if isinstance(task, list) else task
-        # save_pretrained() writes the base alone, and with it a task that is open: Trainer makes
-        # its checkpoints so.
-        ignored = {*(getattr(self.model, "_keys_to_ignore_on_save", None) or ())} - self.own
-        self.model._keys_to_ignore_on_save = ignored if self.open else ignored | self.own
 
+    @contextlib.contextmanager
     def task(self, task):
-        """`with mose.task("FOMC"): ...`, then back to what was in force before."""
-        stack = contextlib.ExitStack()  # leaving its with-block calls back, after an error too
-        stack.callback(self.set_task, self.active)
-        self.set_task(task)
-        return stack
+        """`with mose.task("FOMC"): ...` puts a task in force, and then what was in force before.
 
-    # ---- task keys
-
-    # CHOICE: the task is inferred from the prompt's token embeddings, before any pass through the
-    # model: the nearest mean by Mahalanobis distance, with one covariance for all tasks (linear
-    # discriminant analysis). How the paper infers it is not known.
-
-    def _embed(self, input_ids, attention_mask):
-        """Prompts (B, T) -> x (B, key_dim): mean token embeddings under a fixed projection."""
-        table, prompts = self.model.get_input_embeddings().weight.detach(), []
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        expect(real.dim() == 2 and real.shape == input_ids.shape, "expected ids and masks (B, T)")
-        for ids, own in zip(input_ids.to(table.device), real.to(table.device).bool()):
-            expect(own.any(), "a prompt is nothing but padding: expected at least one token")
-            # CHOICE: a token that occurs n times counts 1 + log n times, so that the words that all
-            # prompts have don't hide those that tell tasks apart.
-            tokens, times = ids[own].unique(return_counts=True)
-            weights = 1 + times.float().log()
-            prompts.append(weights @ table[tokens].float() / weights.sum())
-        x = torch.stack(prompts).cpu() @ fixed_signs(table.shape[1], len(self.key_scatter))
-        return x.double()  # for differences of large sums
-
-    def observe(self, input_ids, attention_mask=None):
-        """Let prompts (B, T) of the open task feed its key; no pass through the model.
-
-        With several processes, let each observe all prompts: the sums are not shared.
+        It holds for all threads, like `set_task`: an answer that another thread is generating
+        changes midway.
         """
-        expect(self.open is not None, "no task is open: call begin_task(name) before observe()")
-        x, (count, total, square) = self._embed(input_ids, attention_mask), self.key_new
-        self.key_new = count + len(x), total + x.sum(0), square + x.T @ x
+        before = self.active
+        self.set_task(task)
+        try:
+            yield
+        finally:
+            self.set_task(before)
+
+    # ---- which task a prompt belongs to
+
+    # CHOICE: the task is inferred from the token embeddings of the prompt alone, before any pass
+    # through the model (see TaskKeys). How the paper infers it is not known to us.
+
+    def observe(self, input_ids, attention_mask=None, task=None):
+        """Let prompts (B, T) feed the key of the open task, or of a finished one that is named.
+
+        No pass through the model. With several processes, let each observe all prompts.
+        """
+        expect(task is not None or self.open is not None,
+               "no task is open: call begin_task(name) first, or name a finished task")
+        expect(task in (None, self.open) or task in self.tasks,
+               f"unknown task {task!r}: finished so far are {[*self.tasks]}")
+        prompts = unpadded(input_ids, attention_mask)
+        if task in (None, self.open):
+            self.keys.add(self.open_key, prompts)
+        else:
+            sums = self.keys.new_sums()
+            self.keys.add(sums, prompts)
+            self.keys.merge(task, sums)
 
     def infer_task(self, input_ids, attention_mask=None, return_confidence=False):
         """The task of each prompt (B, T), a list of names; no pass through the model.
 
-        With return_confidence also their probabilities: near 0 for a prompt far from every task.
+        With return_confidence also numbers 0 .. 1: near 0 for a prompt far from every task. Only
+        tasks with observed prompts can be found.
         """
-        keyless = {*self.tasks} - {*self.key_means}
-        expect(self.tasks and not keyless, f"no key: {keyless}; observe() prompts of an open task")
-        x, cov = self._embed(input_ids, attention_mask), self.key_scatter.double() / self.key_count
-        means = [self.key_means[name].double() for name in self.tasks]  # (key_dim,) each
-        # A ridge, for directions in which prompts so far don't differ: few prompts show few. A bit
-        # of a mean's square keeps cov invertible even if no two prompts differ.
-        ridge = (0.01 + 0.25 * len(cov) / self.key_count) * cov.diagonal().mean()
-        ridge += 1e-4 * means[0].square().mean()
-        root = torch.linalg.cholesky(cov + ridge * torch.eye(len(cov)))  # once, for all tasks
-        # CHOICE: "none of these" is one more class, in the middle of all and 3 times as wide.
-        # Without it, a prompt far from every task would belong to the nearest for sure.
-        classes = [(mean, root) for mean in means] + [(sum(means) / len(means), 3 * root)]
-        normal = functools.partial(torch.distributions.MultivariateNormal, validate_args=False)
-        logits = torch.stack([normal(m, scale_tril=r).log_prob(x) for m, r in classes], dim=1)
-        names = [self.tasks[i] for i in logits[:, :-1].argmax(1)]
-        return (names, logits.softmax(1)[:, :-1].amax(1).tolist()) if return_confidence else names
+        expect(self.keys.tasks, "no task has a key: observe() prompts of each task")
+        names, confidence = self.keys.infer(unpadded(input_ids, attention_mask))
+        return (names, confidence) if return_confidence else names
+
+    # =========================================================================================
+    # This is the method. From here on: what it takes to live in other people's code.
+    # =========================================================================================
+
+    # ---- tasks that go, and tasks with a new name
+
+    def forget(self, name):
+        """Remove a finished task, or drop the open one. While one is open, only that one can go.
+
+        What the other tasks compute stays the same, bit for bit. Entries of A that they read stay.
+        """
+        known = [*self.tasks] if self.open is None else [self.open]
+        expect(name in known, f"can't forget {name!r}: expected one of {known}")
+        self.tasks.pop(name, None)
+        self.keys.tasks.pop(name, None)
+        self.open = None
+        for layer in self.layers:
+            layer.is_open = False
+            layer.routers.pop(name, None)
+            layer.keep(self.tasks.values())
+        in_force = self.active if isinstance(self.active, list) else [self.active]
+        self.set_task(None if name in in_force else self.active)
+
+    def rename(self, old, new):
+        """Give a finished task another name."""
+        new = plain_str(new)
+        expect(old in self.tasks, f"can't rename {old!r}: expected one of {[*self.tasks]}")
+        expect(new not in self.tasks and new != self.open, f"there is a task {new!r} already")
+
+        def renamed(records):
+            return {new if name == old else name: record for name, record in records.items()}
+
+        self.tasks, self.keys.tasks = renamed(self.tasks), renamed(self.keys.tasks)
+        for layer in self.layers:
+            layer.routers = renamed(layer.routers)
+        if isinstance(self.active, list):
+            self.active = [new if name == old else name for name in self.active]
+        elif self.active == old:
+            self.active = new
+
+    def detach(self):
+        """Take everything off: the base is what it was, bit for bit."""
+        expect(self.layers[0] in self.model.modules(), "this MoSE is detached already")
+        for module in [*self.model.modules()]:
+            if getattr(module, "sub_experts", None) in self.layers:
+                module.sub_experts.handle.remove()
+                del module.sub_experts
+        for parameter in self.trainable_before:
+            parameter.requires_grad_(True)
 
     # ---- what it costs, and how it is kept
 
-    def capacity(self):
-        """{task: {"new": entries, "share" of the pool in use after it, "bytes": by kind}}.
+    def _pack(self, number):
+        """The entries with this number, of all layers: (how many, mask, values), both as few bytes.
 
-        The bytes are about those in the saved file; what all keys share counts with the first task.
+        The mask is kept as the gaps between its entries. Of gaps and values, the first bytes of all
+        come first, then the second bytes, and so on: so they can be compressed best.
         """
-        # Of keys: a mean for each task; half of the symmetric scatter once, with the first task.
-        report, dim, used = {}, len(self.key_scatter), torch.tensor(False)
-        for name in self.tasks:
-            mask = torch.cat([layer.tasks[name][0] for layer in self.layers])
-            new, used = int((mask & ~used).sum()), mask | used
-            size = {"masks": len(bz2.compress(bytes(mask.tolist()))), "weights": 4 * new,
-                    "routers": 4 * sum(layer.router.numel() for layer in self.layers),
-                    "keys": 4 * dim + (0 if report else 2 * dim * (dim + 1))}
-            report[name] = {"new": new, "share": used.float().mean().item(), "bytes": size}
-        return report
+        masks = [layer.owner == number for layer in self.layers]
+        # Entries of a task only ever become fewer. So the same count means the same entries, and
+        # they need not be compressed again.
+        count = sum(int(mask.sum()) for mask in masks)
+        if number not in self.packed or self.packed[number][0] != count:
+            values = [layer.frozen[mask] for layer, mask in zip(self.layers, masks)]
+            places = torch.cat([mask.cpu() for mask in masks]).nonzero()[:, 0]
+            gaps = torch.diff(places, prepend=places.new_tensor([-1])).int()
+            data = [compressed(gaps), compressed(torch.cat([v.cpu() for v in values]))]
+            self.packed[number] = count, *data
+        return self.packed[number]
 
-    def summary(self):
-        """What was matched, and what each task takes, as a text."""
-        lines = [f"{len(self.layers)} attention modules with experts on {self.config.targets}"]
-        for name, task in self.capacity().items():
-            size = f"{sum(task['bytes'].values()):,} bytes"
-            lines += [f"{name}: {task['new']:,} new entries, {task['share']:.1%} in use, {size}"]
-        return "\n".join(lines)
+    def _numbers(self):
+        """The numbers that own entries, in order. A forgotten task's entries of A keep its number
+        as long as others read them."""
+        owners = [layer.owner.unique() for layer in self.layers]
+        return [n for n in torch.cat(owners).unique().tolist() if n > 0]
+
+    def capacity(self):
+        """{task: {"new": entries, "share": of the pool in use after it, "bytes": {kind: bytes}}}.
+
+        The bytes are about those in the saved file. What all keys share counts with the first task,
+        and what a forgotten task left to others counts with the next one.
+        """
+        report = {}
+        total = sum(len(layer.owner) for layer in self.layers)
+        numbers, used, key_bytes = self._numbers(), 0, self.keys.bytes()
+        for name, lineage in self.tasks.items():
+            own = [self._pack(number) for number in numbers if number <= lineage[0]]
+            numbers = [number for number in numbers if number > lineage[0]]
+            new = sum(count for count, _, _ in own)
+            used += new
+            size = {"masks": sum(len(mask) for _, mask, _ in own),
+                    "values": sum(len(values) for _, _, values in own),
+                    "routers": 4 * sum(layer.router.numel() for layer in self.layers),
+                    "keys": key_bytes.get(name, 0)}
+            report[name] = {"new": new, "share": used / total, "bytes": size}
+        return report
 
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all."""
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
+        entries = {number: self._pack(number) for number in self._numbers()}
+        routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
+                   for name in self.tasks}  # {name: (layers, E, P)}
         buffer = io.BytesIO()
         torch.save({
-            "config": dataclasses.asdict(self.config), "base": fingerprint(self.model),
-            "layers": [(layer.tasks, layer.frozen[layer.used].cpu()) for layer in self.layers],
-            "tasks": self.tasks, "keys": (self.key_means, self.key_scatter.triu(), self.key_count),
-        }, buffer)  # triu: one half of a symmetric matrix is enough, and zeros compress well
-        # With a name of its own: several processes may save at the same time.
+            "config": dataclasses.asdict(self.config), "base": self.base,
+            "count": self.count, "tasks": self.tasks, "entries": entries, "routers": routers,
+            "keys": self.keys.state(),
+        }, buffer)
+        path = os.path.realpath(path)  # a link stays a link
+        # The new file has a name of its own, since several processes may save at the same time.
         with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-            file.write(FORMAT + bz2.compress(buffer.getvalue()))  # its checksum shows any damage
+            file.write(FORMAT + lzma.compress(buffer.getvalue()))  # its checksum shows any damage
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name without content
         os.replace(file.name, path)
 
     @classmethod
-    def load(cls, model, path):
-        """Attach to `model` what `save` wrote. No task is in force then, and learning can go on.
+    def load(cls, model, path, tasks=None):
+        """Attach to `model` what `save` wrote, or only some of its tasks. None is in force then.
 
         Raises ValueError, and leaves the model alone, for a file that is damaged, of another format
         or made on another base.
         """
+        check_model(model)
         with open(path, "rb") as file:
-            data, mose = file.read(), None
+            data = file.read()
+        expect(data.startswith(FORMAT),
+               f"{path}: its format is {data[:7]!r}, expected {FORMAT!r}: learn its tasks again, or "
+               "load it with the mose.py that wrote it")
         try:
-            expect(data.startswith(FORMAT), f"its format is {data[:7]!r}, expected {FORMAT!r}")
-            state = torch.load(io.BytesIO(bz2.decompress(data[len(FORMAT):])), weights_only=True)
-            mose = cls(model, MoSEConfig(**state["config"]))
+            state = torch.load(io.BytesIO(lzma.decompress(data[len(FORMAT):])), weights_only=True)
+            config = MoSEConfig(**state.pop("config"))
+        except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError, AttributeError,
+                RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: damaged, or no adapter: {error}") from error
+        mose = cls(model, config)
+        try:
             mose._restore(**state)
-        except Exception as error:
-            if mose:
-                mose.detach()
-            raise ValueError(f"{path}: damaged, outdated or not for this base: {error}") from error
+            for name in [*mose.tasks]:
+                if tasks is not None and name not in tasks:
+                    mose.forget(name)
+        except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError) as error:
+            mose.detach()
+            raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
         return mose
 
-    def _restore(self, config, base, layers, tasks, keys):
-        """The inverse of `save`. Any error says that this is not what it wrote for this base."""
-        far = (fingerprint(self.model) - base).abs().max()
-        expect(far < 0.01, "it was made on a base of other layers, weights or positions")
-        for layer, (records, values) in zip(self.layers, layers, strict=True):
-            layer.tasks = {name: records[name] for name in tasks}
-            layer.protect()
-            layer.frozen[layer.used] = values.to(layer.used.device)  # fails at another number
-            # Only a check: it fails if a router has another shape.
-            torch.stack([layer.router.cpu(), *(router for _, router in layer.tasks.values())])
-        self.tasks, (self.key_means, scatter, self.key_count) = tasks, keys
-        self.key_scatter.copy_(scatter + scatter.triu(1).mT)
+    def _restore(self, base, count, tasks, entries, routers, keys):
+        """The inverse of `save`. ValueError says what is not as it was written for this base."""
+        far = differences(base, self.base, self.needed)
+        expect(not far, f"it was made on another base: {len(far)} differ: {', '.join(far[:3])}")
+        sizes = [len(layer.owner) for layer in self.layers]
+        owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
+        frozen = torch.zeros(sum(sizes), device="cpu")
+        for number, (size, mask, values) in entries.items():
+            places = decompressed(mask, torch.int32).cumsum(0) - 1  # from the gaps between them
+            values = decompressed(values, torch.float32)
+            expect(0 < number <= count, f"entries of the number {number}")
+            expect(0 < size == len(places) == len(values) and places.max() < len(owner),
+                   f"{len(values)} values for {len(places)} entries")
+            owner[places] = number
+            frozen[places] = values
+        self.packed = entries
+        shape = len(self.layers), *self.layers[0].router.shape
+        for name, lineage in tasks.items():
+            expect(max(lineage) <= count, f"a task {name!r} with the lineage {lineage}")
+            expect(routers[name].shape == shape, f"a router of another shape for {name!r}")
+        self.keys.restore(*keys)
+        self.count, self.tasks = count, tasks
+        for i, layer in enumerate(self.layers):
+            layer.owner.copy_(owner.split(sizes)[i])
+            layer.frozen.copy_(frozen.split(sizes)[i])
+            layer.routers = {name: routers[name][i].clone() for name in tasks}
+
+
+# ------------------------------------------------------------------------------ task keys
+
+# A token is common to a task if this share of its prompts holds it. Not all of them have to: one
+# prompt without the chat template must not hide the template.
+COMMON = 0.95
+# The shared shape of the covariance starts as a ball that counts as many prompts as this share of
+# key_dim, since few prompts show few of the directions in which prompts differ.
+BALL = 0.25
+# "None of these" is a class around the same mean and this many times as wide. So a prompt is far
+# from its task if its squared distance is more than 2.5 times that of the task's own prompts.
+WIDER = 3.0
+# A task has one imaginary prompt, at this share of the squared length of its mean. So a task of one
+# prompt, or of equal ones, has a spread too.
+IMAGINARY = 0.01
+
+
+class TaskKeys:
+    """How a prompt finds its task: each task is a Gaussian in the space of mean token embeddings.
+
+    A task has a mean and a spread of its own, and all tasks share the shape of one covariance
+    (linear discriminant analysis). Only running sums are kept, and no prompt.
+
+    tasks  {name: (count, mean (key_dim,), spread, {token: share})} of the finished tasks. The share
+           says how much of a prompt's mean a common token is, on average over the task's prompts.
+    shape  (key_dim, key_dim), the sum of all prompts' scatter; `count` is their number. It stays
+           when a task is forgotten, since it tells how prompts differ in general.
+    """
+
+    def __init__(self, embedding, key_dim):
+        self.embedding = embedding
+        width = embedding.weight.shape[1]
+        self.projection = fixed_signs(width, min(key_dim, width))
+        self.tasks = {}
+        dim = min(key_dim, width)
+        self.shape = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
+        self.count = 0
+
+    # ---- a prompt as numbers
+
+    def tokens_and_shares(self, ids):
+        """The distinct tokens of a prompt (T,), and how much each counts in its mean."""
+        tokens, times = ids.unique(return_counts=True)
+        # CHOICE: a token that occurs n times counts 1 + log n times, so that the words that all
+        # prompts have don't hide those that tell tasks apart.
+        weights = 1 + times.float().log()
+        return tokens, weights / weights.sum()
+
+    def embed(self, tokens, shares):
+        """The weighted sum of token embeddings under the projection, (key_dim,)."""
+        table = plain(self.embedding.weight, self.embedding)
+        vectors = table[tokens.to(table.device)].float().cpu()
+        return (shares @ vectors @ self.projection).double()  # for differences of large sums
+
+    # ---- the life of a task
+
+    def new_sums(self):
+        """The empty sums of a task."""
+        dim = len(self.shape)
+        return {"count": 0, "x": self.shape.new_zeros(dim),
+                "square": self.shape.new_zeros(dim, dim), "tokens": {}}
+
+    def add(self, sums, prompts):
+        """Add prompts to the sums of a task. They count once they are merged."""
+        for ids in prompts:
+            tokens, shares = self.tokens_and_shares(ids)
+            x = self.embed(tokens, shares)
+            sums["count"] += 1
+            sums["x"] += x
+            sums["square"] += torch.outer(x, x)
+            for token, share in zip(tokens.tolist(), shares.tolist()):
+                held, total = sums["tokens"].get(token, (0, 0.0))
+                sums["tokens"][token] = held + 1, total + share
+
+    def merge(self, name, sums):
+        """Make a task of the sums, or add them to a finished task."""
+        more, tokens = sums["count"], sums["tokens"]
+        mean = sums["x"] / more
+        scatter = sums["square"] - torch.outer(sums["x"], mean)  # about the mean of these prompts
+        if name in self.tasks:
+            had, old, spread, common = self.tasks[name]
+            count, gap = had + more, mean - old.double()
+            # Two means that differ add to the scatter about their common mean.
+            scatter += had * more / count * torch.outer(gap, gap)
+            spread = (had + 1) * spread + scatter.diagonal().mean().item()
+            mean = old.double() + more / count * gap
+            # What was common so far stays so only if the new prompts hold it too.
+            tokens = {token: (had + tokens[token][0], had * share + tokens[token][1])
+                      for token, share in common.items() if token in tokens}
+        else:
+            count = more
+            scatter += IMAGINARY * mean.square().mean() * torch.eye(len(mean), device="cpu")
+            spread = scatter.diagonal().mean().item()
+        spread /= count + 1
+        common = {token: total / count for token, (held, total) in tokens.items()
+                  if held >= COMMON * count}
+        self.tasks[name] = count, mean.float(), spread, common
+        # A task of short prompts spreads wide. Divided by the root of its spread, it does not rule
+        # the shape. It still counts more than a narrow task: those that are hard to tell apart are
+        # often the wide ones.
+        self.shape += scatter / math.sqrt(spread)
+        self.count += more
+        self.restore(*self.state())  # rounds the shape, so that saving it changes nothing
+
+    # ---- which task
+
+    def infer(self, prompts):
+        """([name], [confidence]) of prompts [(T,), ..]."""
+        dim, shared = len(self.shape), self.shared_tokens()
+        size = self.shape.diagonal().mean()
+        cov = self.shape + BALL * dim * size / self.count * torch.eye(dim, device="cpu")
+        root = torch.linalg.cholesky(cov / cov.diagonal().mean())  # the shape without its size
+        size = size / self.count  # the mean of all tasks' sqrt(spread)
+
+        own, empty = [], []  # of each prompt: the text that is not shared, and whether it has none
+        for ids in prompts:
+            tokens, shares = self.tokens_and_shares(ids)
+            keep = ~torch.isin(tokens, shared)
+            own.append(self.embed(tokens[keep], shares[keep] / shares[keep].sum()))
+            empty.append(not keep.any())
+        own = torch.stack(own)  # (B, key_dim)
+
+        logits, ratios = [], []
+        for _, mean, spread, common in self.tasks.values():
+            # Shared text is put back to exactly the share that it has in the task's own prompts. So
+            # it cancels, and it dilutes a short prompt as much as a long one.
+            shares = torch.tensor([common[token] for token in shared.tolist()], device="cpu")
+            x = self.embed(shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
+            z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
+            distance = z.square().mean(0)  # (B,) squared, for each dimension
+            # The width is half-way between one spread for all tasks and a spread for each. So a
+            # narrow task does not lose to a wide one what is a little off its mean.
+            width = math.sqrt(spread) * size
+            logits.append(-dim / 2 * (distance / width + width.log()))
+            ratios.append(distance / spread)  # about 1 for the task's own prompts
+        logits = torch.stack(logits, dim=1)  # (B, tasks)
+        best = logits.argmax(1, keepdim=True)
+        ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
+        # CHOICE: "none of these" is one more class, around the mean of the best task and WIDER.
+        # Without it, a prompt far from every task would belong to the nearest for sure.
+        none = dim / 2 * (ratio * (1 - 1 / WIDER**2) - 2 * math.log(WIDER))  # its log odds
+        confidence = logits.softmax(1).amax(1) * torch.sigmoid(-none)
+        # A prompt of nothing but shared text says nothing about its task.
+        confidence = confidence.masked_fill(torch.tensor(empty, device="cpu"), 0.0)
+        names = [*self.tasks]
+        return [names[i] for i in best[:, 0].tolist()], confidence.tolist()
+
+    def shared_tokens(self):
+        """Tokens that are common to every task, such as a chat template's. They tell nothing."""
+        lists = [{*common} for _, _, _, common in self.tasks.values()]
+        shared = set.intersection(*lists) if len(lists) > 1 else set()
+        return torch.tensor(sorted(shared), dtype=torch.long, device="cpu")
+
+    # ---- what is kept
+
+    def state(self):
+        """What a file holds: of the shape only its root, a triangle, in bf16."""
+        rows, columns = torch.tril_indices(*self.shape.shape, device="cpu")
+        root = torch.linalg.cholesky(self.shape) if self.count else self.shape
+        return self.tasks, root[rows, columns].bfloat16(), self.count
+
+    def restore(self, tasks, triangle, count):
+        """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
+        rows, columns = torch.tril_indices(*self.shape.shape, device="cpu")
+        expect(triangle.shape == rows.shape, "its keys have another size")
+        root = torch.zeros_like(self.shape)
+        root[rows, columns] = triangle.double()
+        self.tasks, self.shape, self.count = tasks, root @ root.T, count
+
+    def bytes(self):
+        """{task: bytes of its key}. The shape, which all share, counts with the first one."""
+        dim = len(self.shape)
+        sizes = {}
+        for name, (_, _, _, common) in self.tasks.items():
+            sizes[name] = 4 * dim + 8 + 8 * len(common) + (0 if sizes else dim * (dim + 1))
+        return sizes
+
+
+# ------------------------------------------------------------------------------ helpers
+
+FORMAT = b"MoSE 3\n"  # how the files begin that `save` writes
+
+
+def plain_str(name):
+    """A name as str. torch.load refuses files with np.str_ or an Enum in them."""
+    expect(isinstance(name, str), f"got {name!r}, expected a str")
+    return str.__str__(name)
+
+
+def fixed_signs(*shape):
+    """Numbers -1.0 or 1.0, the same on every machine, so they are never stored.
+
+    They are from a hash, since torch promises no fixed sequence of its generators. With other signs
+    all saved routers and keys would be worthless.
+    """
+    digest = bytearray(hashlib.shake_256(b"MoSEs").digest(math.prod(shape)))
+    signs = torch.frombuffer(digest, dtype=torch.uint8) % 2
+    return signs.float().view(shape) * 2.0 - 1.0
+
+
+def in_out(layer):
+    """(D, O) of an nn.Linear, of a quantised one or of GPT-2's Conv1D. None for other layers."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.in_features, layer.out_features
+    if hasattr(layer, "nx") and hasattr(layer, "nf"):
+        return layer.nx, layer.nf
+    return None
+
+
+def device_of(layer):
+    """Where the weights of a layer are. A quantised layer may have buffers only, or neither."""
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def find_targets(model, targets):
+    """The linear layers whose path in the model is one of the targets, or ends with one.
+
+    Raises ValueError if there is none for a target; it lists the names of all linear layers.
+    """
+    found, names, missing = [], set(), {*targets}
+    for path, module in model.named_modules():
+        if in_out(module) is None:
+            continue
+        names.add(path.rpartition(".")[2])
+        fitting = {target for target in targets if f".{path}".endswith(f".{target}")}
+        missing -= fitting
+        if fitting:
+            found.append(module)
+    expect(not missing, f"targets: no linear layer has the name {sorted(missing)}; there are "
+                        f"{sorted(names)}")
+    return found
+
+
+def check_model(model):
+    """Raise ValueError for a model that can't be adapted."""
+    names = [name for name, _ in model.named_modules()]
+    # By name and not by class: another copy of this file has another class SubExperts.
+    expect(not any(name.endswith("sub_experts") for name in names),
+           "a MoSE is attached to this model already: detach() it first")
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    expect(not meta, f"part of the base is offloaded (meta device): {meta[:3]}. Attach first, and "
+                     "offload then")
+    kind = type(model).__name__
+    expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
+           f"{kind} has a head that was drawn at random, and the base stays as it is: expected a "
+           "causal language model, which answers in words")
+
+
+def check_hooks(layers):
+    """Raise ValueError if somebody has removed a hook: that layer would be the bare base."""
+    for layer in layers:
+        hooks = layer.handle.hooks_dict_ref()
+        expect(hooks is not None and layer.handle.id in hooks,
+               "the hook of a target is gone: detach() this MoSE, and load() it again")
+
+
+def expect_batch(x, rows):
+    """Raise ValueError unless x (B, T, D) has a row for each task of the list in force."""
+    expect(x.dim() == 3 and len(x) == rows,
+           f"a list of {rows} tasks is in force, and a layer got {tuple(x.shape)}: expected as "
+           "many rows. generate() repeats each example for beams and for several answers: repeat "
+           "its name as often. A layer that gets tokens without their batch takes one task only")
+
+
+def compressed(numbers):
+    """Numbers of 4 bytes each (k,) as few bytes: the first bytes of all, then the second, .."""
+    planes = numbers.contiguous().view(torch.uint8).view(-1, 4).T
+    return lzma.compress(bytes(planes.flatten().tolist()))
+
+
+def decompressed(data, dtype):
+    """The inverse of `compressed`."""
+    planes = torch.tensor([*lzma.decompress(data)], dtype=torch.uint8, device="cpu").view(4, -1)
+    return planes.T.contiguous().view(dtype).flatten()
+
+
+def same_on_all_ranks(value):
+    """The value that the first process has: a task has to start alike in all of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
+    return value
+
+
+def unpadded(input_ids, attention_mask):
+    """The prompts (B, T) as a list of their ids (T,), without padding."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    expect(input_ids.dim() == 2 and mask.shape == input_ids.shape, "expected ids and mask (B, T)")
+    prompts = [ids[own] for ids, own in zip(input_ids.cpu(), mask.cpu().bool())]
+    expect(all(len(ids) for ids in prompts), "a prompt is nothing but padding")
+    return prompts
+
+
+# ------------------------------------------------------------------------------ the same base
+
+
+def plain(weight, layer=None):
+    """Any weight as an ordinary dense tensor. An ordinary one is not copied.
+
+    layer: whose `weight` it is, for a weight that accelerate keeps elsewhere.
+    """
+    if weight.is_meta:
+        hook = getattr(layer, "_hf_hook", None)
+        kept = getattr(hook, "weights_map", None)
+        expect(kept is not None, "part of the base is offloaded (meta device), and no hook of "
+               "accelerate says where its values are: load it without that")
+        weight = kept["weight"]
+    weight = weight.detach()
+    if hasattr(weight, "full_tensor"):  # a DTensor of FSDP2: all ranks have to come here together
+        weight = weight.full_tensor()
+    # The quantised weights of torchao, quanto and torch are tensors of a type of their own.
+    special = type(weight) is not torch.Tensor or weight.is_quantized
+    return weight.dequantize() if special else weight
+
+
+def numbers_of(tensor):
+    """Three numbers for a tensor W, nearly the same for its fp32, fp16 and bf16 copies.
+
+    Two are u W V / |W| with fixed signs u and V: they depend on what stands where, and rounding
+    moves them by thousandths. The third is log |W|, since the others don't depend on the scale.
+    """
+    W = plain(tensor).float()
+    W = W.reshape(len(W) if W.dim() > 1 else 1, -1)
+    u, V = fixed_signs(1, len(W)).to(W), fixed_signs(W.shape[1], 2).to(W)
+    norm = W.norm()
+    return torch.cat([(u @ W @ V / norm)[0], norm.log()[None]]).nan_to_num().tolist()
+
+
+def fingerprint(model):
+    """{name: numbers} of what makes a base: its tensors, its positions, how many weights it has.
+
+    It is taken when a MoSE is attached. Later, a pass may have packed the weights in another way,
+    or accelerate may have moved them elsewhere.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False)]  # a tied table by all its names
+    for path, module in model.named_modules():  # the codes and scales of GPTQ and AWQ are buffers
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                tensors.append((f"{path}.{key}", buffer))
+    result = {name: numbers_of(tensor) for name, tensor in tensors}
+    # Versions of transformers name and group some tensors differently. The number of all weights
+    # stays, and shows a LoRA that was added.
+    result["number of weights"] = [float(sum(p.numel() for p in model.parameters()))]
+    # They also name the frequencies of positions differently, so these are compared together.
+    waves = sorted({tuple(numbers_of(wave)) for wave in frequencies(model)})
+    result["frequencies of positions"] = [number for wave in waves for number in wave]
+    # Frequencies don't show everything: dynamic ones have a factor that only long batches meet.
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    for name, value in leaves(config):
+        if "rope_" in name:
+            for group in ("rope_parameters.", "rope_scaling."):  # in transformers 5, and in 4
+                name = name.replace(group, "")
+            result[f"config.{name}"] = value
+    return result
+
+
+def frequencies(model):
+    """The frequencies of all rotary positions of a model."""
+    for module in model.modules():
+        # These two follow the length of the last batch. What they start from stays.
+        kind = str(getattr(module, "rope_type", ""))
+        moves = "dynamic" in kind or "longrope" in kind
+        for name, value in {**vars(module), **module._buffers}.items():
+            if name.endswith("inv_freq") and "long_" not in name and ("original_" in name) == moves:
+                yield value
+
+
+def leaves(tree, path=""):
+    """(path, value) of everything that nested dicts hold."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def differences(saved, here, needed):
+    """What differs between two fingerprints, by name; [] if they are of the same base.
+
+    Only what both have is compared, since versions of transformers name some tensors differently.
+    But each module in `needed` (paths of the adapted layers and the embeddings) must be among it.
+    """
+    both = [name for name in saved if name in here]
+    far = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
+    for name in both:
+        a, b = saved[name], here[name]
+        if name.startswith("config.") or len(a) != len(b):
+            same = a == b
+        else:
+            same = all(abs(x - y) <= 0.01 for x, y in zip(a, b))
+        if not same:
+            far.append(name)
+    return far

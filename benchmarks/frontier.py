@@ -1,5 +1,12 @@
 """Score against bytes: MoSEs at several densities beside the LoRA that a user would take instead.
 
+    python -m benchmarks.frontier tiny      # all runs on tiny-llm, into runs/frontier
+    python -m benchmarks.frontier report    # results/frontier.json, .md and .png of all that ran
+
+Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
+where it was stopped. Everything is synthetic (trace-mini): eight tasks in a row, 100 steps each,
+tested at the end.
+
 Rule of the search of rates, written before it ran. All is scored on `eval`, with tasks in a row and
 `--test ends`. tiny-llm: trace-mini, eight tasks, 100 steps each, seeds 0 and 1, density 0.01.
 SmolLM2: its four tasks of the search (C-STANCE, FOMC, ScienceQA, NumGLUE-ds), 100 steps each, seed
@@ -13,3 +20,241 @@ Rule of the search of the density, written before it ran: with that pair, densit
 0.01, 0.015, 0.02 and 0.03 on tiny-llm (`eval`, seeds 0 and 1). The default is the smallest whose OP
 is at most one point below the best one's.
 """
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from figures.report import public, spread
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = range(5)
+PAIRED = range(10)  # of the comparison of routers
+DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
+RANKS = (1, 2, 3, 4, 8)
+LORA_RATES = ("5e-3", "1e-2", "2e-2")
+# What is changed in the code of a run, by its name. The rest of a run are its options.
+CHANGES = {
+    "": "",
+    # As many free entries of A as there are used ones, learned and kept: wider, and not for free.
+    "free A": """
+def begin(layer, lineage, source, need, generator, begin=SubExperts.begin):
+    begin(layer, lineage, source, need, generator)
+    layer.num_new[0] += int(layer.inherited[:layer.size_A].sum())
+    layer.inherited.zero_()
+SubExperts.begin = begin
+SubExperts.reads = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
+""",
+    # A task reads its own entries alone.
+    "own alone": """
+SubExperts.reads = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
+""",
+    # A is drawn once, from a hash, and is the same for all tasks: it is never learned or stored.
+    "fixed A": """
+signs = functools.lru_cache(mose.fixed_signs)
+def begin(layer, lineage, source, need, generator, begin=SubExperts.begin):
+    begin(layer, lineage, source, need, generator)
+    layer.num_new[0] = 0
+def matrices(layer, pool, router, matrices=SubExperts.matrices):
+    D, width = layer.shape_A
+    A = signs(D, width) / math.sqrt(3 * D)  # the variance of uniform +-1/sqrt(D)
+    pool = torch.cat([A.flatten(), pool[layer.size_A:]])
+    return matrices(layer, pool, router)
+SubExperts.begin, SubExperts.matrices = begin, matrices
+""",
+}
+SCRIPT = """
+import functools, math, sys, torch, mose, train_trace
+from mose import SubExperts
+exec(sys.argv.pop(1))
+train_trace.main(train_trace.parse())
+"""
+
+
+def jobs():
+    """{name: (name of its change, options)} of all runs on tiny-llm, the most wanted first."""
+    todo = {}
+
+    def add(name, seed, *options, change="", split="test"):
+        todo[f"{name} {seed}"] = change, ["--test", "ends", "--seeds", str(seed), "--split", split,
+                                          *options]
+
+    for seed in SEEDS:
+        for density in DENSITIES:
+            add(f"mose {density}", seed, "--methods", "mose", "--density", density)
+        for rank in RANKS if seed == 0 else ():
+            for rate in LORA_RATES:
+                add(f"search task_lora r{rank} {rate}", 0, "--methods", "task_lora", "--lora_rank",
+                    str(rank), "--lora_lr", rate, split="eval")
+    one_expert = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
+    for seed in PAIRED:
+        add("mose 0.01", seed, "--methods", "mose", "--density", "0.01")
+        add("never trained 0.01", seed, "--methods", "mose_fixed", "--density", "0.01")
+        add("one expert 0.01", seed, "--methods", "mose", "--density", "0.01", *one_expert)
+        add("mose again 0.01", seed, "--methods", "mose", "--density", "0.01", change="A/A")
+        for change in ("own alone", "free A", "fixed A") if seed in SEEDS else ():
+            add(f"{change} 0.01", seed, "--methods", "mose", "--density", "0.01", change=change)
+    return todo
+
+
+# The same method with other draws and another order of the data: what two equal methods differ by.
+CHANGES["A/A"] = """
+parse = train_trace.parse
+def parse_other(argv=None):
+    args = parse(argv)
+    args.seeds = str(1000 + int(args.seeds))
+    return args
+train_trace.parse = parse_other
+"""
+
+
+def final_loras(folder):
+    """The runs of task_lora on `test`, each rank at its best rate of the search."""
+    todo = {}
+    for rank in RANKS:
+        found = {}
+        for rate in LORA_RATES:
+            file = folder / f"search task_lora r{rank} {rate} 0/task_lora.json"
+            if file.exists():
+                found[rate] = json.loads(file.read_text())["op"]
+        if len(found) == len(LORA_RATES):
+            rate = max(found, key=found.get)
+            for seed in SEEDS:
+                todo[f"task_lora r{rank} {rate} {seed}"] = "", [
+                    "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
+                    "--lora_rank", str(rank), "--lora_lr", rate]
+    return todo
+
+
+def work(name, change, options):
+    """One run, unless it is done."""
+    method = options[options.index("--methods") + 1]
+    if Path(f"runs/frontier/{name}/{method}.json").exists():
+        return
+    command = [sys.executable, "-c", SCRIPT, CHANGES[change], "--name", f"frontier/{name}",
+               "--device", "cpu", "--force", *options]
+    log = Path(f"runs/frontier/{name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as out:
+        subprocess.run(command, stdout=out, stderr=out, check=True, env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    print(name, json.loads(Path(f"runs/frontier/{name}/{method}.json").read_text())["op"],
+          flush=True)
+
+
+def collected(folder):
+    """{name: result} of all that ran, without texts."""
+    files = [f for f in sorted(folder.glob("*/*.json")) if f.stem in ("mose", "mose_fixed",
+                                                                      "task_lora")]
+    return {file.parent.name: public(json.loads(file.read_text())) for file in files}
+
+
+def groups(results):
+    """{name without its seed: {seed: result}}."""
+    found = {}
+    for name, result in results.items():
+        start, seed = name.rsplit(" ", 1)
+        found.setdefault(start, {})[int(seed)] = result
+    return found
+
+
+def size(result):
+    """Bytes a task: of a LoRA, of MoSEs with and without keys."""
+    return result["bytes"][-1] / len(result["tasks"])
+
+
+def report(results):
+    """Markdown from the JSON alone."""
+    found = groups(results)
+    lines = ["# Score against bytes\n",
+             "`python -m benchmarks.frontier tiny`, then `report`: tiny-llm on trace-mini (synthetic"
+             "), eight tasks in a row, 100 steps each, 100 `test` examples a task. Two CPU cores, "
+             "one thread a run. OP: mean score of all tasks at the end; ±: deviation over seeds. "
+             "The rules of the searches stand in [the script](../benchmarks/frontier.py).\n",
+             "| method | seeds | OP | BWT | bytes a task | numbers kept a task |",
+             "|---|---|---|---|---|---|"]
+    for name, runs in found.items():
+        if not name.startswith("search"):
+            some = [*runs.values()]
+            kept = statistics.mean(statistics.mean(r["new"]) for r in some)
+            lines.append(
+                f"| {name} | {len(runs)} | {spread([r['op'] for r in some])} | "
+                f"{spread([r['bwt'] for r in some])} | "
+                f"{statistics.mean(map(size, some)):,.0f} | {kept:,.0f} |")
+    lines += ["\n## Paired differences over the same seeds\n",
+              "| difference | seeds | mean | standard error |", "|---|---|---|---|"]
+    for one, other in (("mose 0.01", "never trained 0.01"), ("mose 0.01", "one expert 0.01"),
+                       ("mose 0.01", "mose again 0.01"),
+                       ("mose 0.01", "own alone 0.01"), ("mose 0.01", "free A 0.01"),
+                       ("mose 0.01", "fixed A 0.01")):
+        both = sorted({*found.get(one, {})} & {*found.get(other, {})})
+        gaps = [found[one][s]["op"] - found[other][s]["op"] for s in both]
+        if len(gaps) > 1:
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5
+            lines.append(f"| {one} - {other} | {len(both)} | {statistics.mean(gaps):+.1f} | "
+                         f"{error:.1f} |")
+    lines += ["\n## Rates of the LoRAs (`eval`, seed 0)\n", "| rank and rate | OP |", "|---|---|"]
+    lines += [f"| {name.removeprefix('search task_lora ')} | {runs[0]['op']:.1f} |"
+              for name, runs in found.items() if name.startswith("search")]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, file):
+    """The picture: OP against bytes a task, of LoRAs and of MoSEs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for start, label, style in (("task_lora r", "one LoRA for each task, rank", "s--"),
+                                ("mose 0.", "MoSEs, density", "o-")):
+        points = sorted(
+            (statistics.mean(map(size, runs.values())), [r["op"] for r in runs.values()],
+             name.removeprefix(start[:-1]).split()[0].removeprefix("mose "))
+            for name, runs in groups(results).items() if name.startswith(start))
+        if not points:
+            continue
+        sizes, scores, names = zip(*points)
+        means = [statistics.mean(some) for some in scores]
+        errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in scores]
+        axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label,
+                      color="#0072b2" if "LoRA" in label else "black")
+        for x, y, name in zip(sizes, means, names):
+            axis.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=9)
+    axis.set(xscale="log", xlabel="bytes a task, all that is saved",
+             ylabel="OP: mean score of eight tasks",
+             title="tiny-llm on trace-mini (synthetic)")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(file, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("tiny", "report"))
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    folder = Path("runs/frontier")
+    if args.what == "tiny":
+        with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+            every = [pool.submit(work, name, *job) for name, job in jobs().items()]
+            for job in every:
+                job.result()
+            # The LoRAs' last runs follow from their search.
+            every = [pool.submit(work, name, *job) for name, job in final_loras(folder).items()]
+            for job in every:
+                job.result()
+        return
+    results = collected(folder)
+    (ROOT / "results/frontier.json").write_text(json.dumps(results) + "\n")
+    (ROOT / "results/frontier.md").write_text(report(results), encoding="utf-8")
+    draw(results, ROOT / "results/frontier.png")
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,8 @@ from tqdm import tqdm
 import mose
 import train_trace as loop
 from figures.report import spread
-from tracebench.data import encode, pad
+from tracebench.baselines import LoRA
+from tracebench.data import encode, pad, whole_prompts, writable_golds
 from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,20 +54,34 @@ def setup(seed, split="test"):
 
 
 def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
-    """A task with its first `size` training examples and about as many steps for every size."""
+    """A task with a sample of `size` training examples, and about as many steps for every size."""
     folder = "trace-mini" if name in TASKS else "transfer-mini"
-    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder))
+    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder), max_train=size)
     task, = loop.load_tasks(args, tokenizer, model)
     epochs = round(steps * (3 if name == "Vault" and size == 400 else 1) / -(-size // args.batch))
-    return dataclasses.replace(task, name=called or name, epochs=epochs, train=task.train[:size])
+    return dataclasses.replace(task, name=called or name, epochs=epochs)
 
 
 def learn(adapter, base, task, args):
     """One task; {"score", "new", "source"}."""
     torch.manual_seed(1000 * int(args.seeds) + 7)
-    notes = loop.learn(adapter, *base, task, args, QUIET)
+    notes = begin_to_end(adapter, base, task, args)
     return {"score": score(adapter, base, task, args), "new": notes["new"],
             "source": notes["source"]}
+
+
+def begin_to_end(adapter, base, task, args):
+    """The steps of the loop of train_trace.py for one task; what to note of it."""
+    source, need = adapter.best_source(
+        lambda: loop.probe(*base, task, args), task.wrong_by_guessing())
+    adapter.begin_task(task.name, source, need)
+    for ids, mask in whole_prompts(task.prompts, base[1]):
+        adapter.observe(ids, mask)
+    method = "lora" if isinstance(adapter, LoRA) else "mose"
+    lr = loop.rate(method, args, base[0])
+    loop.train(*base, adapter.trainable_parameters(), task, args, lr, QUIET)
+    report = adapter.end_task()
+    return {"source": source, "new": report["new"], "used": report["share"]}
 
 
 def score(adapter, base, task, args):
@@ -103,7 +118,7 @@ def related(seed):
                     methods["LoRA continued"] = f"{folder}/{RELATED[name]}.pt"
             for method, file in methods.items():
                 loop.probe, lora = METHODS.get(method, loop.probe), method not in METHODS
-                kind = loop.SharedPool if lora else mose.MoSE
+                kind = LoRA if lora else mose.MoSE
                 adapter = kind.load(base[0], file) if file else loop.attach(base[0], "lora", args)
                 before = {n: snapshot(adapter, base, task, n) for n in [*adapter.tasks]}
                 result = learn(adapter, base, task, args)
@@ -118,8 +133,8 @@ def related(seed):
 def snapshot(adapter, base, task, name):
     """Logits of some prompts under a finished task."""
     ids, mask = pad(task.test[:8], base[1].pad_token_id)
-    with adapter.task(name):
-        return base[0](input_ids=ids, attention_mask=mask).logits
+    adapter.set_task(name)
+    return base[0](input_ids=ids, attention_mask=mask).logits
 
 
 def variants(task, count):
@@ -131,8 +146,7 @@ def variants(task, count):
                lambda p, a: (p + " [", f"{a} ]")][:count]
     for i, change in enumerate(changes):
         pairs = [[change(row["prompt"], row["answer"]) for row in rows] for rows in task.texts]
-        yield f"{task.name} {i}", [loop.datasets.Dataset.from_list(
-            [{"prompt": p, "answer": a} for p, a in rows]) for rows in pairs]
+        yield f"{task.name} {i}", [[{"prompt": p, "answer": a} for p, a in rows] for rows in pairs]
 
 
 def stream(seed, method, count):
@@ -147,7 +161,8 @@ def stream(seed, method, count):
             tasks.append(dataclasses.replace(
                 task, name=called, texts=texts, prompts=[prompt for prompt, _ in train],
                 train=[(p + a, [-100] * len(p) + a) for p, a in train],
-                test=[prompt for prompt, _ in test], max_new=max(len(a) for _, a in train)))
+                test=[prompt for prompt, _ in test],
+                golds=writable_golds(base[1], called, texts[1]), max_new=max(len(a) for _, a in train)))
     tasks = [tasks[i * count + v] for v in range(count) for i in range(len(TASKS))]
     notes, files = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +171,7 @@ def stream(seed, method, count):
             if method == "task_lora" or not adapter:
                 adapter = loop.attach(base[0], method if method == "task_lora" else "mose", args)
             torch.manual_seed(1000 * seed + t)
-            notes.append(loop.learn(adapter, *base, task, args, QUIET))
+            notes.append(begin_to_end(adapter, base, task, args))
             if method == "task_lora":
                 notes[-1]["score"] = score(adapter, base, task, args)
             adapter.save(f"{folder}/m.pt")

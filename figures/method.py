@@ -14,11 +14,12 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-import train_trace
 from mose import MoSE
 from figures import report
 from figures.gates import gates_of_prompt, owners
 from tracebench.data import encode, read
+from tracebench.model import load_model
+from tracebench.options import Args
 
 ROOT = Path(__file__).resolve().parent.parent
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
@@ -31,8 +32,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results/method.png")
     args = parser.parse_args()
     results = {m: json.loads((args.run / f"{m}.json").read_text()) for m in ("lora", "mose")}
-    options = train_trace.Args(**results["mose"]["args"])
-    model, tokenizer = train_trace.load_model(options)
+    options = Args(**results["mose"]["args"])
+    model, tokenizer = load_model(options)
     mose, tasks = MoSE.load(model, args.run / "mose.pt"), results["mose"]["tasks"]
     plt.rcParams["font.size"] = 11
     figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
@@ -40,7 +41,7 @@ def main():
     colours = matplotlib.colors.ListedColormap(COLOURS[:len(tasks)])
     colours.set_under("white")
     first = mose.layers[0]
-    A = first.unpack(owners(first), first.router)[1][0]  # (D, E*R)
+    A, _ = first.split(owners(mose, first))  # (D, E*R)
     image = pool.imshow(A, cmap=colours, vmin=0.5, vmax=len(tasks) + 0.5, aspect="auto",
                         interpolation="nearest")
     width = mose.config.rank

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-import train_trace
 from mose import MoSE
-from figures.gates import gates_of_prompt, owners
-from tracebench.data import cut, encode
+from figures.gates import gates_of_prompt, layer_names, owners
+from tracebench.data import cut, encode, metrics_of
+from tracebench.model import load_model
+from tracebench.options import Args
 from tracebench.scores import SCORES
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
@@ -51,9 +52,9 @@ def open_adapter(folder, results):
     if not method:
         raise ValueError("the run has no MoSEs")
     try:
-        args = train_trace.Args(**results[method]["args"])
+        args = Args(**results[method]["args"])
         args = dataclasses.replace(args, device="cpu", device_map="")
-        model, tokenizer = train_trace.load_model(args)
+        model, tokenizer = load_model(args)
         return MoSE.load(model, folder / f"{method}.pt"), tokenizer, args
     except Exception as error:  # a base that is gone, or too large, or needs a GPU; another version
         raise ValueError(f"its MoSEs can't be opened: {error}") from error
@@ -70,19 +71,17 @@ def pools(mose, room):
 
     Where one layer alone has more, pictures show every step-th input and output; counts are whole.
     """
-    size, many, E = len(mose.layers[0].used), len(mose.layers), mose.config.num_experts
+    size, many = max(len(layer.owner) for layer in mose.layers), len(mose.layers)
     count = max(1, min(many, 8, int(room / size)))
-    step, layers = math.ceil(size / room), []
+    step, layers, names = math.ceil(size / room), [], layer_names(mose)
     for number in sorted({i * (many - 1) // max(1, count - 1) for i in range(count)}):
-        experts, targets = mose.layers[number], {}
-        _, matrices = experts.unpack(owners(experts), experts.router)
-        for name, A, B in zip(mose.attached[number][1], matrices[::2], matrices[1::2]):
-            own = [rows.flatten() for rows in torch.cat([A.T, B], 1).chunk(E)]  # of each expert
-            counts = torch.stack([rows.bincount(minlength=len(mose.tasks) + 1) for rows in own], 1)
-            targets[name] = {"counts": counts.tolist(), "A": picture(A.T[:, ::step]),
-                             "B": picture(B[:, ::step])}
-        layers.append({"number": number, "targets": targets})
-    return {"experts": E, "layers": layers, "many": many, "step": step,
+        experts = mose.layers[number]
+        A, B = experts.split(owners(mose, experts))
+        own = [rows.flatten() for rows in torch.cat([A.T, B], 1).chunk(mose.config.num_experts)]
+        counts = torch.stack([rows.bincount(minlength=len(mose.tasks) + 1) for rows in own], 1)
+        layers.append({"number": number, "name": names[number], "counts": counts.tolist(),
+                       "A": picture(A.T[:, ::step]), "B": picture(B[:, ::step])})
+    return {"experts": mose.config.num_experts, "layers": layers, "many": many, "step": step,
             "top_k": mose.config.top_k}
 
 
@@ -106,7 +105,7 @@ def route(mose, tokenizer, args, asked):
 def gather(results, mose, routed, why, share):
     """All that the page shows; share: how much of the usual room there is for what can be cut."""
     args, tasks, examples = (next(iter(results.values()))[k] for k in ("args", "tasks", "examples"))
-    metrics = train_trace.metrics_of(args["metric"])
+    metrics = metrics_of(args["metric"])
     asked, size, last = questions(results), int(600 * share), int(96 * share)
 
     def by_task(rows):

@@ -11,10 +11,12 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-import train_trace
 from mose import MoSE, MoSEConfig
 from figures import page as subject
 from tracebench.data import encode
+from tracebench.model import load_model
+from tracebench.options import Args
+from tracebench.scores import TASKS as TRACE
 
 TASKS = ["FOMC", "<b>bold</b>", "עברית 😀"]
 NASTY = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>\0\u202e &amp; 😀 שלום"
@@ -73,9 +75,9 @@ def learn(model, tokenizer, tasks, file, targets=("q_proj", "v_proj")):
 def run(tmp_path_factory):
     """(folder of a run with a page, its results, the owner of each entry of layer 0's first A)."""
     folder = tmp_path_factory.mktemp("page")
-    args = train_trace.Args(device="cpu", metric=f"{TASKS[1]}=rouge_l,{TASKS[2]}=accuracy")
+    args = Args(device="cpu", metric=f"{TASKS[1]}=rouge_l,{TASKS[2]}=accuracy")
     torch.manual_seed(0)
-    mose = learn(*train_trace.load_model(args), TASKS, folder / "mose.pt")
+    mose = learn(*load_model(args), TASKS, folder / "mose.pt")
     N = None
     right = [{task: ["A", NASTY] for task in TASKS[:t + 1]} for t in range(3)]
     wrong = [{}, {TASKS[0]: ["B", "no"], TASKS[1]: ["A", "</script>"]}, {TASKS[0]: ["", "\0"]}]
@@ -91,8 +93,8 @@ def run(tmp_path_factory):
     for method, r in results.items():
         (folder / f"{method}.json").write_text(json.dumps(r))
     subject.write_page(folder)
-    masks = torch.stack([mask for mask, _ in mose.layers[0].tasks.values()])[:, :128 * 64]
-    owner = torch.where(masks.any(0), masks.int().argmax(0) + 1, 0).view(128, 64)
+    # No task was forgotten, so the numbers of the tasks are 1, 2, 3.
+    owner = mose.layers[0].owner[:128 * 64].view(128, 64).long()
     return folder, results, owner
 
 
@@ -198,17 +200,13 @@ def test_slider_shows_who_owned_each_entry_then(run, visit):
 
 
 def test_counts_are_those_of_the_adapter(run, visit):
-    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    model, _ = load_model(Args(device="cpu"))
     mose = MoSE.load(model, run[0] / "mose.pt")
     page = visit(run[0] / "page.html")
     page.focus("#layer")
-    page.keyboard.press("End")  # the last layer
-    page.focus("#target")
-    page.keyboard.press("End")  # v_proj, behind q_proj in the pool
-    seen = torch.tensor(False)
-    for shown, (mask, _) in zip(cells(page, "counts-table"), mose.layers[3].tasks.values()):
-        new, seen = mask & ~seen, mask | seen
-        A, B = new[-2 * 128 * 64:].view(2, -1)
+    page.keyboard.press("End")  # v_proj of the last layer
+    for number, shown in enumerate(cells(page, "counts-table")[:3], 1):
+        A, B = (mose.layers[7].owner == number).view(2, -1)
         each = A.view(128, 4, 16).sum((0, 2)) + B.view(4, -1).sum(1)
         assert shown == [f"{n:,}" for n in [*each.tolist(), int(each.sum())]]
     assert "layer 3, v_proj" in page.text_content("#counts caption")
@@ -236,20 +234,20 @@ def test_text_of_the_run_stays_text(run, visit):
 
 
 def test_tokens_and_what_the_key_finds(run, visit):
-    model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
+    model, tokenizer = load_model(Args(device="cpu"))
     mose = MoSE.load(model, run[0] / "mose.pt")
     ids = torch.tensor([encode(tokenizer, {"prompt": PROMPT, "answer": ""})[0]])
     (found,), (sure,) = mose.infer_task(ids, return_confidence=True)
     page = visit(run[0] / "page.html")
     assert f"finds {found}, confidence {sure:.2f}" in page.text_content("#key")
     x = []
-    handle = mose.attached[2][0].register_forward_pre_hook(
-        lambda _, args, kwargs: x.append(kwargs["hidden_states"]), with_kwargs=True)
+    handle = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: x.append(args[0]))
     with torch.no_grad(), mose.task(TASKS[0]):
         model(ids)
     handle.remove()
     layer = mose.layers[2]
-    gates = torch.softmax(x[0][0] @ layer.projection @ layer.tasks[TASKS[0]][1].T, -1)[-96:]
+    gates = torch.softmax(x[0][0] @ layer.projection @ layer.routers[TASKS[0]].T, -1)[-96:]
     said = page.evaluate("[...document.querySelectorAll('#gates-table tbody tr')].map("
                          "row => row.cells[3].querySelector('.spoken').textContent)")
     for text, row in zip(said, gates, strict=True):
@@ -287,11 +285,11 @@ def test_everything_has_a_name_and_is_reached_by_tab(run, visit):
         reached.add(page.evaluate("document.activeElement.id"))
         assert page.evaluate("""document.activeElement === document.body
                              || getComputedStyle(document.activeElement).outlineWidth !== '0px'""")
-    assert {"time", "other", "card", "layer", "target", "only", "routed"} <= reached
+    assert {"time", "other", "card", "layer", "only", "routed"} <= reached
 
 
 def test_what_a_run_lacks_is_left_out_with_a_reason(visit, tmp_path):
-    args = train_trace.Args(device="cpu")
+    args = Args(device="cpu")
     old = result("base", args, [[1.0, 2.0, 3.0]], [])
     (tmp_path / "base.json").write_text(json.dumps({**old, "asked": {}}))
     page = visit(subject.write_page(tmp_path))
@@ -320,10 +318,10 @@ def test_small_for_a_big_base_and_long_texts(visit, tmp_path, hidden, layers, kv
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     for file in (ROOT / "assets/tiny-llm").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "base")
-    tasks = [*train_trace.TASKS]
-    args = train_trace.Args(model=str(tmp_path / "base"), device="cpu", targets=targets,
+    tasks = [*TRACE]
+    args = Args(model=str(tmp_path / "base"), device="cpu", targets=targets,
                             max_prompt=200, metric=",".join(f"{t}=accuracy" for t in tasks))
-    learn(*train_trace.load_model(args), tasks, tmp_path / "mose.pt", tuple(targets.split(",")))
+    learn(*load_model(args), tasks, tmp_path / "mose.pt", tuple(targets.split(",")))
     texts = [f"{i} 她说：「未知」。 <EOL> " * 100 for i in range(8)]
     for method in subject.METHODS:
         R = [[12.345678901234567 * (i + 1) / (t + 1) for i in range(8)] for t in range(8)]
@@ -337,4 +335,5 @@ def test_small_for_a_big_base_and_long_texts(visit, tmp_path, hidden, layers, kv
     page = visit(file, 390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     said = page.text_content("#left-out")
-    assert f"of {layers} layers all but" in said and ("pictures" in said) == (layers == 2)
+    many = layers * len(targets.split(","))
+    assert f"of {many} layers all but" in said and ("pictures" in said) == (layers == 2)

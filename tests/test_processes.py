@@ -11,6 +11,7 @@ import torch
 
 import train_trace
 from mose import MoSE
+from tracebench.baselines import LoRA
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,12 +50,17 @@ def test_two_processes_get_the_scores_of_one(runs, method):
 
 
 def learned(file):
-    """Masks, values and key sums of an adapter file."""
+    """Masks, values and keys of a file of MoSEs."""
     model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
     mose = MoSE.load(model, file)
     values = torch.cat([layer.frozen for layer in mose.layers])
-    masks = [mask for layer in mose.layers for mask, _ in layer.tasks.values()]
-    return masks, values, [*mose.key_means.values()]
+    masks = [layer.owner == lineage[0] for layer in mose.layers for lineage in mose.tasks.values()]
+    return masks, values, [mean for _, mean, *_ in mose.keys.tasks.values()]
+
+
+def lora_weights(file):
+    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    return torch.cat([values.flatten() for values in LoRA.load(model, file).weights()])
 
 
 def test_two_processes_learn_the_same_masks_and_weights_as_one(runs):
@@ -70,5 +76,5 @@ def test_without_the_sum_of_gradients_they_would_not(runs):
         "train_trace.processes.total = lambda *tensors: None\n"
         "train_trace.main(train_trace.parse())\n")
     two("control.py", folder, "--name", "off", "--methods", "lora")
-    _, values, _ = learned(runs[0] / "lora.pt")
-    assert not torch.allclose(values, learned(folder / "runs/off/lora.pt")[1], atol=1e-3)
+    one, both, off = (lora_weights(run / "lora.pt") for run in (*runs, folder / "runs/off"))
+    assert torch.allclose(one, both, atol=1e-3) and not torch.allclose(one, off, atol=1e-3)

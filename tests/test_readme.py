@@ -1,7 +1,5 @@
 """The README says what the code does: its choices, its limits, its code blocks, its links."""
 
-import argparse
-import dataclasses
 import doctest
 import json
 import re
@@ -16,9 +14,10 @@ import torch
 
 import mose
 import train_trace
-from benchmarks import routing, smollm2
+from benchmarks import frontier, smollm2
 from figures import page as run_page
 from figures import report
+from tracebench.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,24 +45,40 @@ def test_the_table_of_choices_is_that_of_the_code():
     assert rows == tags() and len(rows) >= 8
 
 
-def test_the_results_table_is_that_of_the_json():
-    tiny = report.load([ROOT / "results/trace-mini.json"])
-    every = json.loads((ROOT / "results/smollm2.json").read_text())
-    real, long, trace = (smollm2.of(every, kind) for kind in ("mini ", "long ", "trace "))
-    assert {*report.STYLES} == {*run_page.METHODS} == {*train_trace.METHODS}
-    assert {*tiny} == {*train_trace.METHODS} and {*real} >= {*smollm2.MINI}
-    assert {*long} >= {*smollm2.MINI} - {"mose_fixed"} and "mose" in trace
-    for method in train_trace.METHODS:
-        cells = []
-        for results, keys in ((real, ["op"]), (long, ["op", "bwt", "bytes"]),
-                              (trace, ["op", "bwt"]), (tiny, ["op", "bwt", "bytes"])):
-            runs = results.get(method, [])
-            cells += [report.spread([r[key] for r in runs]) if runs else ""
-                      for key in keys if key != "bytes"]
-            sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
-            cells += [f"{statistics.mean(sizes):,.0f}" if sizes else ""] if "bytes" in keys else []
-        row, = re.findall(rf"^\| `{method}` \| [^|]* \| (.*) \|$", README, re.M)
-        assert row == " | ".join(cells)
+def rows_of(name):
+    """{first cell: other cells} of the table of the README below the line `<!-- name -->`."""
+    text = README.split(f"<!-- {name} -->")[1]
+    table = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    return {row[0]: row[1:] for row in cells}
+
+
+@pytest.mark.parametrize("name, start", [("trace", "whole "), ("trace-mini", "long ")])
+def test_the_tables_of_the_readme_are_those_of_the_json(name, start):
+    found = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), start)
+    rows = rows_of(name)
+    shown = {re.search(r"`(\w+)`", first)[1]: cells for first, cells in rows.items()}
+    assert len(rows) <= 7 and {*shown} - {"mose"} <= {*found}
+    for method, (op, bwt, size, seconds) in shown.items():
+        runs = found.get(method)
+        if not runs:
+            assert {op, bwt, size, seconds} == {"not measured"}
+            continue
+        assert op == report.spread([r["op"] for r in runs])
+        assert bwt == report.spread([r["bwt"] for r in runs])
+        sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
+        assert size == (f"{statistics.mean(sizes) / 1e6:.2f}" if sizes else "")
+        training = [r["seconds_training"] for r in runs]
+        assert seconds == (f"{statistics.mean(training):,.0f}" if sizes else "")
+
+
+def test_every_method_has_a_style_and_a_name():
+    assert {*report.STYLES} == {*run_page.METHODS} == {*METHODS}
+
+
+def test_the_page_on_the_frontier_is_that_of_its_json():
+    results = json.loads((ROOT / "results/frontier.json").read_text())
+    assert frontier.report(results) == (ROOT / "results/frontier.md").read_text(encoding="utf-8")
 
 
 def test_the_page_on_smollm2_is_that_of_its_json():
@@ -71,13 +86,13 @@ def test_the_page_on_smollm2_is_that_of_its_json():
     assert smollm2.report(results) == (ROOT / "results/smollm2.md").read_text(encoding="utf-8")
 
 
-def test_the_runs_on_smollm2_have_options_that_are_there():
-    args = argparse.Namespace(lr="1e-2", lora_lr="3e-3", data="trace_500")
-    for what in smollm2.RUNS:
-        for name, (_, options) in smollm2.jobs(what, args).items():
-            own = train_trace.parse(options)
-            assert name.startswith(f"{what} ") and {*own.methods.split(",")} <= {
-                *train_trace.METHODS}
+def test_the_runs_of_the_benchmarks_have_options_that_are_there():
+    jobs = {f"{what} {name}": options for what in smollm2.RUNS
+            for name, options in smollm2.jobs(what, "trace_500").items()}
+    jobs |= {name: options for name, (_, options) in frontier.jobs().items()}
+    for options in jobs.values():
+        own = train_trace.parse(options)
+        assert {*own.methods.split(",")} <= {*METHODS}
     with pytest.raises(SystemExit):
         train_trace.parse([*options, "--option", "1"])
 
@@ -88,38 +103,27 @@ def test_the_head_of_the_script_asks_for_what_the_requirements_do():
     block, = re.findall(r"(?m)^# /// script\n((?:# .*\n)+?)# ///$", source)
     head = tomllib.loads(block.replace("# ", ""))
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert head["dependencies"] == [line.split()[0] for line in lines if line[0] != "#"]
+    *needed, drawing = head["dependencies"]
+    assert needed == [line.split()[0] for line in lines if line[0] != "#"]
+    assert drawing.startswith("matplotlib")  # for the figures, which pip users may leave out
     assert head["requires-python"][2:] in lines[0]
 
 
-@pytest.mark.parametrize("name", ["speed-cpu", "speed-means-cpu"])
-def test_the_speed_tables_are_those_of_the_json(name):
-    record = json.loads((ROOT / f"results/{name}.json").read_text())
-    rows = record["table"] if isinstance(record, dict) else [[*row.values()] for row in record]
-    page = (ROOT / f"results/{name}.md").read_text(encoding="utf-8")
+def test_the_speed_table_is_that_of_the_json():
+    rows = json.loads((ROOT / "results/speed-cpu.json").read_text())["table"]
+    page = (ROOT / "results/speed-cpu.md").read_text(encoding="utf-8")
     assert all(f"| {' | '.join(row)} |" in page for row in rows) and len(rows) > 5
 
 
-def test_the_page_on_routing_is_that_of_its_json():
-    results = json.loads((ROOT / "results/routing.json").read_text())
-    default = routing.by_the_rule(results)
-    assert routing.report(results, default) == (ROOT / "results/routing.md").read_text()
-    options = dataclasses.asdict(mose.MoSEConfig())
-    assert routing.CANDIDATES[default].items() <= options.items()
-
-
 def test_numbers_with_a_deviation_stand_in_a_file_of_results():
-    claims = ROOT / "results/claims.md"
-    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "results").glob("*.md")
-             if page != claims]
-    text = re.sub(r"(?m)^\| `.*$", "", README)  # but the table, see above
-    for page in (text, claims.read_text(encoding="utf-8")):
-        numbers = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", page)
-        assert [n for n in numbers if n not in "".join(pages)] == [] and numbers
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "results").glob("*.md"))
+    text = re.sub(r"(?m)^\|.*$", "", README)  # the tables have tests of their own
+    numbers = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", text)
+    assert [n for n in numbers if n not in pages] == []
 
 
-def test_the_python_block_runs_as_it_stands():
-    block = next(text for kind, text in BLOCKS if kind == "python")
+def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
+    block, answering, *_ = (text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10
     model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
@@ -127,7 +131,14 @@ def test_the_python_block_runs_as_it_stands():
     tasks = {name: (ids + i, [(ids + i, ids)] * 3) for i, name in enumerate(("x", "y"))}
     scope = {"model": model, "tasks": tasks}
     exec(block, scope)
-    assert [*scope["mose"].tasks] == ["x", "y"] and scope["mose"].active == ["y", "y"]
+    adapter = scope["mose"]
+    assert [*adapter.tasks] == ["x", "y"] and adapter.active == ["y", "y"]
+    monkeypatch.chdir(tmp_path)
+    adapter.save("mose.pt")
+    adapter.detach()
+    scope = {"model": model, "ids": ids + 1, "MoSE": mose.MoSE}
+    exec(answering, scope)  # "To answer with it later"
+    assert scope["mose"].active == ["y", "y"] and len(scope["answers"]) == 2
 
 
 def test_the_example_by_hand_gives_what_it_says():

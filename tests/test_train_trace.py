@@ -1,5 +1,6 @@
 """The continual loop: honest examples, one loop for all methods, clear errors, complete results."""
 
+import copy
 import dataclasses
 import functools
 import http.server
@@ -9,12 +10,16 @@ import threading
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from tqdm import tqdm
 
 import train_trace
-from tracebench.data import batches, cut, encode, pad, passes, read
-from tracebench.runs import claim
+from tracebench.data import batches, cut, encode, pad, passes, read, to_text
+from tracebench.methods import METHODS, lessons, tasks_to_test
+from tracebench.options import PRESETS
+from tracebench.runs import Record, claim
 from tracebench.scores import TASKS, floor
 from train_trace import Args
 
@@ -33,9 +38,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        methods = ",".join(train_trace.METHODS)
+        methods = ",".join(METHODS)
         train_trace.main(Args(methods=methods, name="a", device="cpu", **SHORT))
-    files = {method: folder / f"runs/a/{method}.json" for method in train_trace.METHODS}
+    files = {method: folder / f"runs/a/{method}.json" for method in METHODS}
     return {m: json.loads(file.read_text()) for m, file in files.items()}, folder / "runs/a"
 
 
@@ -129,10 +134,157 @@ def test_accumulation_does_not_change_what_is_learned(base, tokens):
         adapter = train_trace.attach(model, "lora", args)
         adapter.begin_task("FOMC")
         train_trace.train(model, tokenizer, adapter.trainable_parameters(), task, args, 1e-4, QUIET)
-        weights.append(torch.cat([layer.weight.detach() for layer in adapter.layers]))
+        weights.append(torch.cat([p.flatten() for p in adapter.weights()]))
         adapter.detach()
     assert torch.allclose(*weights, atol=2e-4)
     assert weights[0].abs().max() > 1e-2, "control: it did learn"
+
+
+# ------------------------------------------------------------------------------ samples
+
+
+def by_answer(count):
+    """Rows that are sorted by answer: the first half says "A"."""
+    return [{"prompt": f"question {i}", "answer": "AB"[2 * i // count]} for i in range(count)]
+
+
+def sorted_task(tmp_path, base, **options):
+    """A task whose files are sorted by answer, 400 rows each."""
+    data = tmp_path / "data"
+    if not data.exists():
+        task_folder(data, json.dumps(by_answer(400)), "sorted")
+    args = Args(data=str(data), tasks="sorted", metric="sorted=accuracy", **options)
+    task, = train_trace.load_tasks(args, base[1], base[0])
+    return task, args
+
+
+def test_samples_are_not_the_first_rows_and_are_the_same_for_all_seeds(tmp_path, base):
+    for seeds in ("0", "1"):
+        task, _ = sorted_task(tmp_path, base, max_train=100, max_test=24, seeds=seeds)
+        assert len(task.train) == 100 and len(task.golds) == len(task.test) == 24
+        answers = [labels[-2] for _, labels in task.train]
+        assert 30 < answers.count(answers[0]) < 70 and 4 < task.golds.count("A") < 20
+        again, _ = sorted_task(tmp_path, base, max_train=100, max_test=24, seeds="7")
+        assert (again.train, again.test, again.golds) == (task.train, task.test, task.golds)
+    assert {row["answer"] for row in by_answer(400)[:100]} == {"A"}, "control: of the first rows"
+
+
+def test_the_probe_reads_a_sample_and_knows_what_a_constant_answer_gets_wrong(tmp_path, base):
+    task, args = sorted_task(tmp_path, base)
+    assert 0.3 < task.wrong_by_guessing() <= 0.5
+    first = dataclasses.replace(task, train=task.train[:64])
+    assert first.wrong_by_guessing() == 0.0, "control: the first rows would need no learning"
+    # A base that always says "A" and EOS is wrong as often as the guess, and not always right.
+    says_a = task.train[0][1][-2]
+
+    def always_a(model, tokenizer, rows):
+        labels = torch.tensor([label for _, labels in rows for label in labels if label != -100])
+        example = torch.arange(len(rows)).repeat_interleave(2)
+        said = torch.where(labels == tokenizer.eos_token_id, labels, says_a)
+        return torch.nn.functional.one_hot(said, 3000).float(), labels, example
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_trace, "answer_logits", always_a)
+        wrong = float(train_trace.probe(*base, task, args))
+    assert min(wrong, 1 - wrong) == pytest.approx(task.wrong_by_guessing())
+
+
+def test_the_loop_says_what_a_guess_leaves(tmp_path, base, monkeypatch):
+    task, args = sorted_task(tmp_path, base, max_train=32, max_test=4, epochs="1")
+    guesses, choose = [], train_trace.MoSE.best_source
+
+    def spy(adapter, probe, guess):
+        guesses.append(guess)
+        return choose(adapter, probe, guess)
+
+    monkeypatch.setattr(train_trace.MoSE, "best_source", spy)
+    record = Record(tmp_path, "mose", [task], args)
+    train_trace.learn_in_a_row(record, *base, [task], args, QUIET)
+    assert guesses == [task.wrong_by_guessing()] and 0 < guesses[0] < 1
+
+
+def test_more_rows_than_there_are_is_said_and_all_are_taken(tmp_path, base, capsys):
+    task, _ = sorted_task(tmp_path, base, max_train=500, max_test=401)
+    assert len(task.train) == len(task.test) == 400
+    said = capsys.readouterr().out
+    assert said.count("sorted, --max_train: 500 were asked for, but there are 400") == 1
+    assert said.count("sorted, --max_test: 401 were asked for, but there are 400") == 1
+    sorted_task(tmp_path, base, max_train=400)
+    assert "asked for" not in capsys.readouterr().out, "control"
+
+
+# ------------------------------------------------------------------------------ right answers
+
+
+def test_a_perfect_model_scores_100_though_the_tokenizer_normalises(tmp_path, base, capsys):
+    """The answer is decomposed (u and two dots), and the tokenizer composes it."""
+    model, tokenizer = base[0], copy.deepcopy(base[1])
+    plain = tokenizer.backend_tokenizer.normalizer
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
+    rows = [{"prompt": f"where {i} ?", "answer": text}
+            for i, text in enumerate(["Mu\u0308nchen", "Bern", "Zu\u0308rich"])]
+    data = task_folder(tmp_path / "data", json.dumps(rows), "towns")
+    args = Args(data=data, tasks="towns", metric="towns=accuracy")
+    task, = train_trace.load_tasks(args, tokenizer, model)
+    assert "towns: 2 of 3 right answers come back from the tokenizer" in capsys.readouterr().out
+
+    def perfect(model, tokenizer, task, rows, args):
+        return {i: to_text(tokenizer, [label for label in task.train[i][1] if label != -100])
+                for i in rows}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_trace, "generate", perfect)
+        tested = train_trace.evaluate(model, tokenizer, None, task, args)
+        assert tested.known == [100.0] * 3
+        raw = dataclasses.replace(task, golds=[row["answer"] for row in rows])
+        tested = train_trace.evaluate(model, tokenizer, None, raw, args)
+        assert tested.known == [0.0, 100.0, 0.0], "control: compared with the file's own text"
+    tokenizer.backend_tokenizer.normalizer = plain
+    task, = train_trace.load_tasks(args, tokenizer, model)
+    assert task.golds == [row["answer"] for row in rows] and "right" not in capsys.readouterr().out
+
+
+def test_nothing_is_cleaned_up_in_an_answer(base):
+    """Some tokenizers, and all of transformers 4.56, drop spaces where they are not told to."""
+    class Cleaning:
+        def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces=True):
+            text = base[1].decode(ids, skip_special_tokens=skip_special_tokens)
+            return text.replace(" .", ".") if clean_up_tokenization_spaces else text
+
+    text = "print ( x ) ; do n't , see ."
+    ids = encode(base[1], {"prompt": "p", "answer": text})[1]
+    assert to_text(Cleaning(), ids) == text
+    assert Cleaning().decode(ids, skip_special_tokens=True) != text, "control"
+
+
+# ------------------------------------------------------------------------------ steps
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_every_step_has_a_rate_above_zero(schedule):
+    for steps in (1, 2, 3, 19, 20, 21, 100, 1000):
+        rates = [train_trace.share_of_rate(step, steps, schedule) for step in range(steps)]
+        assert 0 < min(rates) and max(rates) == 1.0
+    assert rates[0] < rates[25] < rates[50] == 1.0, "it rises for a twentieth of the steps"
+    assert (rates[-1] < 0.01) == (schedule == "cosine")
+
+
+def test_a_run_of_one_step_moves_the_weights(base):
+    args = Args(**{**SHORT, "tasks": "FOMC", "max_train": 10, "epochs": "1"})
+    task, = train_trace.load_tasks(args, base[1], base[0])
+    moved = []
+    for share in (train_trace.share_of_rate, lambda *given: 0.0):  # control: as it was
+        torch.manual_seed(0)
+        adapter = train_trace.attach(base[0], "lora", args)
+        adapter.begin_task("FOMC")
+        before = torch.cat([p.flatten() for p in adapter.weights()])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_trace, "share_of_rate", share)
+            train_trace.train(*base, adapter.trainable_parameters(), task, args, 1e-2, QUIET)
+        after = torch.cat([p.flatten() for p in adapter.weights()])
+        moved.append(float((after - before).abs().max()))
+        adapter.detach()
+    assert moved[0] > 1e-3 and moved[1] == 0.0
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -151,7 +303,7 @@ def test_prompts_of_any_length_and_script_are_learned_and_answered(tmp_path, mon
 
 def test_the_result_holds_everything_that_was_done(run):
     results, folder = run
-    assert {*results} == {*train_trace.METHODS}
+    assert {*results} == {*METHODS}
     for method, r in results.items():
         fields = {"method", "args", "tasks", "zero_shot", "R", "R_tail", "op", "bwt", "op_tail",
                   "bwt_tail", "task_id_accuracy", "used", "bytes", "parameters", "tokens",
@@ -179,9 +331,12 @@ def test_mose_and_one_lora_per_task_forget_nothing_and_a_lora_in_sequence_does(r
 
 def test_bytes_are_those_of_the_files(run):
     results, folder = run
-    assert results["mose"]["bytes"][-1] == (folder / "mose.pt").stat().st_size
-    each = [(folder / f"task_lora-{task}.pt").stat().st_size for task in (1, 2)]
-    assert results["task_lora"]["bytes"] == [each[0], sum(each)]
+    for method in ("lora", "task_lora", "moe_lora", "mose"):
+        assert results[method]["bytes"][-1] == (folder / f"{method}.pt").stat().st_size
+    one, two = results["task_lora"]["bytes"]
+    assert two == pytest.approx(2 * one, rel=0.02), "a LoRA more for each task"
+    one, two = results["lora"]["bytes"]
+    assert two == pytest.approx(one, rel=0.1), "the same LoRA for all tasks"
 
 
 def test_the_same_seed_gives_the_same_result_and_another_does_not(run, tmp_path, monkeypatch):
@@ -203,15 +358,14 @@ def test_figures_come_from_the_results_alone(run):
     for name in ("matrices.png", "growth.png", "table.md"):
         assert (folder / name).stat().st_size > 100
     rows = (folder / "table.md").read_text().splitlines()
-    assert len([row for row in rows if row.startswith("|")]) == 2 + len(train_trace.METHODS)
+    assert len([row for row in rows if row.startswith("|")]) == 2 + len(METHODS)
 
 
 def test_the_stage_is_fair_zero_shot_the_model_knows_no_more_than_a_guess(base):
     model, tokenizer = base
     for task in train_trace.load_tasks(Args(), tokenizer, model):
         zero_shot = train_trace.evaluate(model, tokenizer, None, task, Args()).known
-        texts = (rows.to_list() for rows in task.texts)
-        assert sum(zero_shot) <= sum(floor(task.metric, *texts)), task.name
+        assert sum(zero_shot) <= sum(floor(task.metric, *task.texts)), task.name
 
 
 def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
@@ -219,7 +373,7 @@ def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
     tasks = train_trace.load_tasks(args, base[1], base[0])
 
     def taught(method, args=args):
-        return [task.train for task, _ in train_trace.lessons(method, tasks, args)]
+        return [task.train for task in lessons(method, tasks, args)]
 
     own = [task.train for task in tasks]
     assert taught("lora") == own
@@ -234,8 +388,8 @@ def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
 
 def test_ends_tests_each_task_when_it_is_learned_and_all_at_the_end(base):
     tasks = train_trace.load_tasks(Args(**{**SHORT, "tasks": ",".join(TASKS)}), base[1], base[0])
-    counts = {test: sum(len(tests) for _, tests in train_trace.lessons("mose", tasks, args))
-              for test, args in (("all", Args()), ("ends", Args(test="ends")))}
+    counts = {args.test: sum(len(tasks_to_test(t, "mose", tasks, args)) for t in range(8))
+              for args in (Args(), Args(test="ends"))}
     assert counts == {"all": 36, "ends": 15}
 
 
@@ -250,7 +404,7 @@ def test_the_letter_of_an_answer_is_all_that_is_generated_where_only_it_is_read(
 
 def test_a_preset_is_other_defaults_and_options_go_before_it():
     gpu = train_trace.parse(["--preset", "gpu"])
-    for name, value in train_trace.PRESETS["gpu"].items():
+    for name, value in PRESETS["gpu"].items():
         assert getattr(gpu, name) == value != getattr(Args(), name)
     assert train_trace.parse(["--lr", "0.5", "--preset", "gpu", "--epochs", "1"]) == (
         dataclasses.replace(gpu, lr=0.5, epochs="1"))
@@ -273,6 +427,46 @@ def test_ask_infers_the_task_or_leaves_a_far_prompt_to_the_base(run, capsys):
         train_trace.main(train_trace.parse(["--device", "cpu", "--ask", f"{folder}/mose.pt", text]))
         out = capsys.readouterr().out
         assert "answer: " in out and (name in out) and ("far from every" in out) == (name == "base")
+
+
+@pytest.mark.parametrize("positions", [96, 160])
+def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
+        tmp_path, monkeypatch, capsys, positions):
+    """A base with few positions, prompts that are longer, and answers of 40 words."""
+    model, tokenizer = train_trace.load_model(Args(device="cpu"))
+    model.config.max_position_embeddings = positions
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"{i} " + "one two three four " * 60, "answer": "yes " * 20}
+            for i in range(4)]
+    data = task_folder(tmp_path / "data", json.dumps(rows), "long")
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(tmp_path / "base"), "--device", "cpu"]
+    train_trace.main(train_trace.parse([
+        *options, "--data", data, "--tasks", "long", "--metric", "long=rouge_l", "--epochs", "1",
+        "--methods", "mose"]))
+    args = train_trace.parse([*options, "--data", data, "--tasks", "long", "--metric",
+                              "long=rouge_l"])
+    task, = train_trace.load_tasks(args, tokenizer, model)
+    assert task.limit < positions < len(task.test[0])
+    read_by_training = task.train[0][0][:task.limit]
+    asked, generate = [], transformers.LlamaForCausalLM.generate
+
+    def spy(model, input_ids, max_new_tokens, **more):
+        asked.append((input_ids[0].tolist(), max_new_tokens))
+        return generate(model, input_ids=input_ids, max_new_tokens=max_new_tokens, **more)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", spy)
+    monkeypatch.setattr("tracebench.ask.SURE", 0.0)
+    prompt = ["--ask", "runs/default/mose.pt", rows[0]["prompt"]]
+    capsys.readouterr()
+    train_trace.main(train_trace.parse([*options, *prompt]))
+    (ids, answer), = asked
+    assert ids == read_by_training and answer == positions - len(ids)
+    assert f"the model reads the last {task.limit} of them" in capsys.readouterr().out
+    Path("runs/default/args.json").unlink()  # control: without the notes of its run
+    train_trace.main(train_trace.parse([*options, *prompt]))
+    assert asked[1][0] != read_by_training
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -298,6 +492,7 @@ BAD_FILES = [
     (json.dumps([GOOD, {"prompt": "", "answer": "a"}]), "row 1"),
     (json.dumps([{"prompt": "p", "answer": ""}]), "row 0"),
     (json.dumps([{"prompt": "p", "answer": None}]), "row 0"),
+    (json.dumps([GOOD, {"prompt": "half of \ud83d", "answer": "a"}]), "row 1 has a lone surrogate"),
 ]
 
 
@@ -329,6 +524,14 @@ def test_data_can_come_from_a_url_and_what_is_not_data_is_named(tmp_path):
     assert there.to_list() == here.to_list()
 
 
+def test_a_whole_character_of_two_halves_is_read(tmp_path):
+    """The control of the lone surrogate among BAD_FILES."""
+    text = json.dumps([{"prompt": "\U0001f600", "answer": "a"}])
+    assert "\\ud83d" in text
+    data = task_folder(tmp_path, text)
+    assert read(data, "FOMC", "train")[0]["prompt"] == "\U0001f600"
+
+
 def test_a_good_file_is_read(tmp_path, base, capsys):
     rows = [{**GOOD, "id": "1a"}, {**GOOD, "id": 2}]  # Arrow refuses such a column
     data = task_folder(tmp_path, json.dumps(rows), "mine")
@@ -355,6 +558,8 @@ def test_a_task_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch):
     ({"tasks": "FOMC", "data": "/nowhere"}, "FOMC/train.json"),
     ({"epochs": "1,2"}, "--epochs"),
     ({"epochs": "x"}, "--epochs"),
+    ({"epochs": "0"}, "--epochs 0: expected a number from 1 on"),
+    ({"tasks": "FOMC,ScienceQA", "epochs": "2,0"}, "--epochs"),
     ({"metric": "FOMC=nonsense"}, "FOMC"),
 ])
 def test_a_wrong_option_is_named(base, options, message):
@@ -365,7 +570,7 @@ def test_a_wrong_option_is_named(base, options, message):
 @pytest.mark.parametrize("argv", [
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
     ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
-    ["--tokens", "0"], ["--replay", "2"], ["--test", "never"],
+    ["--tokens", "0"], ["--replay", "2"], ["--test", "never"], ["--top_k", "5"], ["--experts", "0"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -406,8 +611,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_p
 
     monkeypatch.setattr(train_trace, "train", explode)
     with pytest.raises(ValueError, match="NumGLUE-cm: the loss is nan"):
-        record = train_trace.open_record("mose", tasks, args, tmp_path)
-        train_trace.run(record, model, tokenizer, tasks, args, QUIET)
+        record = Record(tmp_path, "mose", tasks, args)
+        train_trace.learn_in_a_row(record, model, tokenizer, tasks, args, QUIET)
     fresh, _ = train_trace.load_model(args)
     adapter = train_trace.MoSE.load(fresh, tmp_path / "mose-1.pt")
     assert [*adapter.tasks] == ["FOMC"]

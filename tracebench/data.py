@@ -1,12 +1,15 @@
-"""TRACE's tasks, from its files to token ids: reading, encoding, batches.
+"""TRACE's tasks, from its files to token ids: reading, encoding, sampling, batches.
 
 Usable on its own: a task lies in FOLDER/TASK/{train,eval,test}.json, each a list of
 {"prompt": text, "answer": text}; FOLDER may be a URL.
 """
 
+import collections
 import dataclasses
+import hashlib
 import json
 import math
+import random
 import urllib.parse
 import urllib.request
 
@@ -14,17 +17,31 @@ import datasets
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tracebench.scores import METRICS, SCORES, TASKS
+
 SCHEDULES = {"trace": (5, 3, 7, 5, 3, 5, 5, 7), "short": (2, 1, 3, 2, 1, 2, 2, 3)}  # epochs
+PROBE_EXAMPLES = 64  # of a new task, on which finished tasks are tried
 
 
-def read(base, task, split):
-    """A task's split as a Dataset. Raises ValueError with the file and the row."""
+# ------------------------------------------------------------------------------ reading
+
+
+def fetch(base, task, split):
+    """(address, bytes) of the file of a task's split."""
     url = base.startswith(("http://", "https://"))
     where = f"{base}/{urllib.parse.quote(task) if url else task}/{split}.json"
     try:
         with urllib.request.urlopen(where, timeout=60) if url else open(where, "rb") as file:
-            rows = json.loads(file.read().decode("utf-8"))
-    except (OSError, ValueError) as error:
+            return where, file.read()
+    except OSError as error:
+        raise ValueError(f"{where}: can't be read ({error})") from error
+
+
+def rows_of(where, content):
+    """The content of a file as a Dataset. Raises ValueError with the file and the row."""
+    try:
+        rows = json.loads(content.decode("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{where}: can't be read as JSON ({error})") from error
     form = 'a list of {"prompt": text, "answer": text}'
     if not isinstance(rows, list) or not rows:
@@ -33,8 +50,35 @@ def read(base, task, split):
         texts = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else []
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{where}: row {i} is {str(row)[:60]!r}, expected {form}, none empty")
+        # JSON can spell one half of a character that needs two ("\ud83d"). It stands for nothing.
+        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+            raise ValueError(f"{where}: row {i} has a lone surrogate, which is no character: "
+                             f"{ascii(row)[:60]}")
     # Of further columns nothing is read: Arrow refuses one whose values are of several types.
     return datasets.Dataset.from_list([{k: row[k] for k in ("prompt", "answer")} for row in rows])
+
+
+def read(base, task, split):
+    """A task's split as a Dataset."""
+    return rows_of(*fetch(base, task, split))
+
+
+def sample(rows, count, what):
+    """A random sample of `count` rows in their order, always the same one; all rows for 0.
+
+    The first rows would not do: a file that is sorted by answer begins with one answer only. The
+    sample does not depend on the seed of a run, so that all methods and seeds are compared on it.
+    what: words for the sample, from which it is drawn, and which stand in a warning.
+    """
+    if count > len(rows):
+        print(f"warning: {what}: {count} were asked for, but there are {len(rows)}: all are taken")
+    if count == 0 or count >= len(rows):
+        return [*rows]
+    chosen = random.Random(what).sample(range(len(rows)), count)
+    return [rows[i] for i in sorted(chosen)]
+
+
+# ------------------------------------------------------------------------------ token ids
 
 
 def encode(tokenizer, row):
@@ -44,6 +88,11 @@ def encode(tokenizer, row):
                       for key in ("prompt", "answer"))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + prompt, answer + [tokenizer.eos_token_id]
+
+
+def to_text(tokenizer, ids):
+    """The text of an answer. Nothing is cleaned up: a space before a full stop is part of it."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def cut(prompt, limit, bos):
@@ -62,18 +111,32 @@ class Task:
     train: list  # examples (ids, labels): labels are -100 on the prompt
     prompts: list  # all training prompts, whole: their beginning says most about the task
     test: list  # test prompts, whole
+    golds: list  # their right answers, as the tokenizer can write them
     limit: int  # tokens of a prompt that the model reads, its last ones
-    max_new: int  # tokens that an answer may have
-    texts: tuple  # the Datasets of train and test
+    max_new: int  # tokens that a tested answer may have
+    texts: tuple  # the rows of train and test: lists of {"prompt", "answer"}
+    digests: dict  # {split: SHA-256 of its file}
+
+    def probe_examples(self):
+        """Some training examples, on which finished tasks are tried before this one is learned."""
+        return sample(self.train, min(PROBE_EXAMPLES, len(self.train)), f"{self.name}, probe")
+
+    def wrong_by_guessing(self):
+        """The share of the probe's examples that the best constant answer gets wrong."""
+        answers = [tuple(label for label in labels if label != -100)
+                   for _, labels in self.probe_examples()]
+        (_, most), = collections.Counter(answers).most_common(1)
+        return 1 - most / len(answers)
 
 
 def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prompt=1024,
-              positions=math.inf, max_train=None, max_test=None):
+              positions=math.inf, max_train=0, max_test=0):
     """One task. positions: what the model can read. Raises ValueError for what can't be learned."""
-    train, test = read(base, name, "train"), read(base, name, split)
-    test = test.select(range(min(max_test or len(test), len(test))))
-    known = {*train["prompt"]}
-    shared = sum(prompt in known for prompt in test["prompt"])
+    files = {part: fetch(base, name, part) for part in ("train", split)}
+    train = rows_of(*files["train"]).to_list()
+    test = sample(rows_of(*files[split]).to_list(), max_test, f"{name}, --max_test")
+    known = {row["prompt"] for row in train}
+    shared = sum(row["prompt"] in known for row in test)
     if shared:
         print(f"warning: {name}: {shared} of {len(test)} test prompts stand in train too")
     encoded = [encode(tokenizer, row) for row in train]
@@ -83,13 +146,81 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
         raise ValueError(f"{name}: an answer of {longest} tokens leaves no room for its prompt "
                          f"in the {positions} positions of the model")
     examples = []
-    for prompt, answer in encoded[:max_train or None]:
+    for prompt, answer in sample(encoded, max_train, f"{name}, --max_train"):
         prompt = cut(prompt, limit, tokenizer.bos_token_id)
         examples.append((prompt + answer, [-100] * len(prompt) + answer))
     # first_letter reads one character, which has 4 bytes at the most, so no more tokens.
     max_new = min(longest, 4) if metric == "first_letter" else longest
-    return Task(name, metric, epochs, examples, [prompt for prompt, _ in encoded],
-                [encode(tokenizer, row)[0] for row in test], limit, max_new, (train, test))
+    return Task(
+        name, metric, epochs, examples, [prompt for prompt, _ in encoded],
+        [encode(tokenizer, row)[0] for row in test], writable_golds(tokenizer, name, test),
+        limit, max_new, (train, test),
+        {part: hashlib.sha256(content).hexdigest() for part, (_, content) in files.items()})
+
+
+def writable_golds(tokenizer, name, test):
+    """The right answers as they come back from the tokenizer.
+
+    Some tokenizers normalise text (NFC, say). A model that says exactly the right tokens can't
+    score 100 against a text that no tokens give.
+    """
+    golds = [to_text(tokenizer, encode(tokenizer, row)[1]) for row in test]
+    changed = sum(gold != row["answer"] for gold, row in zip(golds, test))
+    if changed:
+        print(f"warning: {name}: {changed} of {len(test)} right answers come back from the "
+              "tokenizer as another text: predictions are compared with that")
+    return golds
+
+
+def listed(text):
+    """The parts of "a, b,c", without spaces around them."""
+    return [part.strip() for part in text.split(",")]
+
+
+def metrics_of(text):
+    """{task: metric} of TRACE's tasks, and of those that --metric names."""
+    pairs = (pair.rpartition("=") for pair in listed(text))
+    return METRICS | {name.strip(): metric.strip() for name, _, metric in pairs}
+
+
+def epochs_of(text, names):
+    """The number of epochs of each task. Raises ValueError if the text does not say it."""
+    if text in SCHEDULES:
+        epochs = [dict(zip(TASKS, SCHEDULES[text])).get(name, 0) for name in names]
+    else:
+        epochs = [int(part) if part.isdecimal() else 0 for part in listed(text)]
+        epochs = epochs * len(names) if len(epochs) == 1 else epochs
+    if len(epochs) != len(names) or 0 in epochs:
+        raise ValueError(f"--epochs {text}: expected a number from 1 on, {len(names)} such "
+                         f"numbers, or one of {', '.join(SCHEDULES)} with TRACE's own tasks")
+    return epochs
+
+
+def load_tasks(args, tokenizer, model):
+    """All tasks of a run. Raises ValueError for what is wrong with the data or its options."""
+    names, metrics = listed(args.tasks), metrics_of(args.metric)
+    wrong = [name for name in names if metrics.get(name) not in SCORES]
+    if wrong:
+        raise ValueError(f"--tasks: {wrong} have no metric: expected of {', '.join(TASKS)}, or "
+                         f"others with --metric TASK={'|'.join(SCORES)}")
+    if len({*names}) < len(names):
+        raise ValueError(f"--tasks {args.tasks}: expected each once")
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    tasks = []
+    for name, epochs in zip(names, epochs_of(args.epochs, names)):
+        task = load_task(
+            args.data, name, metrics[name], tokenizer, epochs=epochs, split=args.split,
+            max_prompt=args.max_prompt, positions=positions, max_train=args.max_train,
+            max_test=args.max_test)
+        longest = max(len(ids) for ids, _ in task.train)
+        if longest > args.tokens:
+            print(f"warning: {name}: its longest example has {longest} tokens, more than --tokens "
+                  f"{args.tokens}, so it makes a pass of its own, which takes more memory")
+        tasks.append(task)
+    return tasks
+
+
+# ------------------------------------------------------------------------------ batches
 
 
 def pad(rows, value, side="right"):
@@ -118,3 +249,9 @@ def passes(rows, tokens, length=lambda row: len(row[0])):
         group.append(row)
     if group:
         yield group
+
+
+def whole_prompts(prompts, tokenizer, size=32):
+    """Whole prompts in padded batches, for the keys of tasks."""
+    for start in range(0, len(prompts), size):
+        yield pad(prompts[start:start + size], tokenizer.pad_token_id)

@@ -1,30 +1,41 @@
 """The folder of a run: locked, every file replaced whole or not at all, and what a killed run
-needs to go on. It knows the names of all files, so that the loop of train_trace.py need not."""
+needs to go on. It knows the names of all files, so that the loop of train_trace.py need not.
 
+    args.json             options of the run, digests of its data files, tokens of prompts it reads
+    METHOD.pt             the adapter that has learned all tasks
+    METHOD.json           the result
+    METHOD-3.pt,          the adapter after three tasks, and the result so far; they are removed
+    METHOD.progress.json  when the method is finished
+"""
+
+import contextlib
+import dataclasses
 import fcntl
 import json
 import os
+import platform
 import resource
 import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import torch
+import transformers
 
 from tracebench import processes
+from tracebench.data import listed
+from tracebench.files import write_json
+from tracebench.methods import attach
 from tracebench.scores import bootstrap, mean, summarize
 
+ROOT = Path(__file__).resolve().parent.parent
 
-def write(file, value):
-    """A JSON file, replaced whole or not at all; by one process."""
-    if processes.RANK == 0:
-        temporary = file.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as out:
-            json.dump(value, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
+
+# ------------------------------------------------------------------------------ folders
 
 
 def claim(folder, options, go_on=False, force=False):
@@ -48,16 +59,59 @@ def claim(folder, options, go_on=False, force=False):
         for kind in ("*.json", "*.pt", "*.png", "table.md", "page.html"):
             for file in folder.glob(kind):
                 file.unlink()
-        write(folder / "args.json", options)
+        write_json(folder / "args.json", {"options": options})
     return lock
 
 
-def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+@contextlib.contextmanager
+def claimed(args):
+    """{folder: Args} of the runs that were asked for, one for each seed. They stay locked."""
+    seeds, runs, locks = listed(args.seeds), {}, []
+    for seed in seeds:
+        name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
+        runs[Path(args.resume or f"runs/{name}")] = dataclasses.replace(
+            args, seeds=seed, name=name, force=False, resume="")
+    with contextlib.ExitStack() as stack:
+        if processes.RANK == 0:
+            for folder, own in runs.items():
+                options = dataclasses.asdict(own)
+                stack.enter_context(claim(folder, options, bool(args.resume), args.force))
+        processes.wait()
+        yield runs
+
+
+def unfinished(runs):
+    """[(folder, Args, method)] of all that has no result yet."""
+    return [(folder, own, method) for folder, own in runs.items()
+            for method in listed(own.methods) if not (folder / f"{method}.json").exists()]
+
+
+def note_data(folder, tasks):
+    """Note in args.json which data a run reads, and how much of a prompt. Raises ValueError if an
+    interrupted run of that folder began with other data."""
+    file = folder / "args.json"
+    notes = json.loads(file.read_text())
+    digests = {task.name: task.digests for task in tasks}
+    began = notes.get("data", digests)
+    changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
+               if digests[name][split] != began[name][split]]
+    if changed:
+        raise ValueError(f"{folder}: the data has changed since this run began: "
+                         f"{', '.join(changed)}; put it back, or start again with another --name")
+    if processes.RANK == 0:
+        limits = {task.name: task.limit for task in tasks}
+        write_json(file, notes | {"data": digests, "limits": limits})
+
+
+def draw(runs):
+    """Tables and figures of finished runs, by a process of its own: whatever it does, the results
+    are safe."""
+    command = [sys.executable, "-m", "figures.report", *map(str, runs)]
+    if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
+        print(f"the results are safe; for their tables, in {ROOT}: {' '.join(command)}")
+
+
+# ------------------------------------------------------------------------------ records
 
 
 class Tested(NamedTuple):
@@ -77,23 +131,32 @@ class Record:
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
     """
 
-    def __init__(self, folder, method, tasks, lessons, keep_all):
-        """keep_all: a file for each task, not only the last one's."""
-        self.folder, self.method, self.tasks = folder, method, tasks
-        self.lessons, self.keep_all, self.clock = lessons, keep_all, 0.0
+    def __init__(self, folder, method, tasks, args):
+        self.folder, self.method, self.args = folder, method, args
+        self.tasks = [task.name for task in tasks]
+        self.clock = time.time()
         self.state = folder / f"{method}.progress.json"
-        lists = ("R", "R_tail", "task_id_accuracy", "samples", "bytes", "files", "source", "new",
-                 "used", "epochs")
+        lists = ("R", "R_tail", "task_id_accuracy", "samples", "bytes", "source", "new", "used",
+                 "epochs")
         self.result = {key: [] for key in lists} | {
             "parameters": 0, "tokens": 0, "seconds_training": 0.0, "seconds_testing": 0.0}
         if self.state.exists():  # `claim` has removed it, unless this run goes on
             self.result = json.loads(self.state.read_text())
 
-    def rest(self):
-        """(number, lesson) of the lessons that are not done yet."""
-        for t, lesson in [*enumerate(self.lessons)][len(self.result["R"]):]:
+    def done(self):
+        """The number of lessons that are learned and tested."""
+        return len(self.result["R"])
+
+    def left(self, lessons):
+        """(number, Task) of the lessons that are not done yet."""
+        for t, task in [*enumerate(lessons)][self.done():]:
             self.clock = time.time()
-            yield t, lesson
+            yield t, task
+
+    def adapter(self, model):
+        """The adapter as the last lesson left it, or a new one; attached to the model."""
+        file = self.folder / f"{self.method}-{self.done()}.pt" if self.done() else None
+        return attach(model, self.method, self.args, file)
 
     def note_seconds(self, what):
         """Those since the last note."""
@@ -101,56 +164,81 @@ class Record:
         self.result[f"seconds_{what}"] += now - self.clock
         self.clock = now
 
-    def save(self, adapter, t, notes):
-        """Write the adapter of lesson t: whatever is tested, or goes on, comes from the disk, so a
-        run that was interrupted and one that was not do the same."""
-        result, last = self.result, t + 1 == len(self.lessons)
-        name = self.method + ("" if last and not self.keep_all else f"-{t + 1}") + ".pt"
+    def save(self, adapter, task, source, parameters, report):
+        """Write the adapter of a finished task, and return it as it is read from that file.
+
+        What is tested and goes on is always what is on the disk. So a run that was interrupted and
+        one that was not end with the same, and every score is one of the file.
+        """
+        result = self.result
+        file = self.folder / f"{self.method}-{self.done() + 1}.pt"
         if processes.RANK == 0:
-            adapter.save(self.folder / name)
+            adapter.save(file)
         processes.wait()
-        result["files"] = [*result["files"], name] if self.keep_all else [name]
-        sizes = [(self.folder / file).stat().st_size for file in result["files"]]
-        result["bytes"].append(sum(sizes))
-        result["parameters"] = notes["parameters"]
-        result["tokens"] += notes["tokens"]
-        for key in ("source", "new", "used", "epochs"):
-            result[key].append(notes[key])
+        adapter.detach()
+        result["bytes"].append(file.stat().st_size)
+        result["parameters"] = sum(p.numel() for p in parameters)
+        result["tokens"] += task.epochs * sum(len(ids) for ids, _ in task.train)
+        for key, value in (("source", source), ("new", report["new"]), ("used", report["share"]),
+                           ("epochs", task.epochs)):
+            result[key].append(value)
+        adapter = attach(adapter.model, self.method, self.args, file)
         self.note_seconds("training")
+        return adapter
 
-    def last(self):
-        """The adapter that the next task goes on from; None: it starts from the bare base."""
-        files = self.result["files"]
-        return self.folder / files[-1] if files and not self.keep_all else None
-
-    def file(self, i):
-        """The adapter that knows task i best; None: the bare base."""
-        files = self.result["files"]
-        return self.folder / files[i if self.keep_all else -1] if files else None
-
-    def tested(self, tests):
-        """Note a lesson's tests {number of a task: Tested}; returns its row of R."""
+    def add(self, tests):
+        """Note a lesson's tests {name of a task: Tested}; returns its row of R."""
         self.note_seconds("testing")
-        result, every = self.result, range(len(self.tasks))
-        row = [mean(tests[i].known) if i in tests else None for i in every]
+        result = self.result
+        row = [mean(tests[name].known) if name in tests else None for name in self.tasks]
         result["R"].append(row)
-        result["samples"].append({self.tasks[i].name: tests[i].answers for i in tests})
+        result["samples"].append({name: test.answers for name, test in tests.items()})
         if None not in row:
-            result["op_error"] = bootstrap([tests[i].known for i in every])
+            result["op_error"] = bootstrap([tests[name].known for name in self.tasks])
         if all(test.inferred for test in tests.values()):
-            result["R_tail"].append([mean(tests[i].inferred) if i in tests else None
-                                     for i in every])
+            result["R_tail"].append([mean(tests[name].inferred) if name in tests else None
+                                     for name in self.tasks])
             result["task_id_accuracy"] = [test.right for test in tests.values()]
-        write(self.state, result)
+        if processes.RANK == 0:
+            write_json(self.state, result)
         return row
 
     def finish(self, about, zero_shot):
-        """Write the result; what no later task needs goes."""
+        """Write the result and the last adapter under their final names; the rest goes."""
+        if processes.RANK > 0:
+            return
         result = self.result
+        adapters = [self.folder / f"{self.method}-{t + 1}.pt" for t in range(len(result["bytes"]))]
+        if adapters:
+            shutil.copy(adapters[-1], self.folder / "last.tmp")
+            os.replace(self.folder / "last.tmp", self.folder / f"{self.method}.pt")
         tail = summarize(result["R_tail"]) if result["R_tail"] else {}
-        write(self.folder / f"{self.method}.json", about | result | summarize(
-            result["R"], zero_shot) | {"op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")})
-        if processes.RANK == 0:
-            for file in [self.state, *self.folder.glob(f"{self.method}-*.pt")]:
-                if file.name not in result["files"]:
-                    file.unlink()
+        scores = summarize(result["R"], zero_shot) | {
+            "zero_shot": zero_shot, "op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")}
+        write_json(self.folder / f"{self.method}.json", about | result | scores)
+        for file in (self.state, *adapters):
+            file.unlink(missing_ok=True)
+
+
+def about(record, model, tasks):
+    """What a result file says of its run, beside the scores."""
+    cuda = model.device.type == "cuda"
+    threads = f"{model.device.type}, {torch.get_num_threads()} threads"
+    return {
+        "method": record.method, "args": dataclasses.asdict(record.args), "tasks": record.tasks,
+        "examples": {t.name: [len(t.train), len(t.test)] for t in tasks},
+        "asked": {t.name: [{"prompt": row["prompt"], "answer": gold}
+                           for row, gold in zip(t.texts[1][:2], t.golds)] for t in tasks},
+        "peak_memory_bytes": peak_memory(model.device), "processes": processes.WORLD,
+        "device": torch.cuda.get_device_name() if cuda else threads,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
+        | {"python": platform.python_version()},
+        "date": time.strftime("%Y-%m-%d")}
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's memory, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,18 @@
+"""Files that are replaced whole or not at all, so that a killed run leaves none half written."""
+
+import json
+import os
+
+
+def write_bytes(file, data):
+    """Write a file under another name first, and then give it its own."""
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())  # else a power cut could leave the new name without content
+    os.replace(temporary, file)
+
+
+def write_json(file, value):
+    write_bytes(file, json.dumps(value, indent=1).encode("utf-8"))

@@ -1,0 +1,75 @@
+"""The methods that train_trace.py compares: what each attaches to the base, what it learns in each
+lesson, and what is tested after it."""
+
+import dataclasses
+import math
+import random
+
+from mose import MoSE, MoSEConfig
+from tracebench.baselines import FixedRouter, LoRA, LoRAPerTask, MoELoRA
+from tracebench.data import listed
+
+# The class of each method that learns. replay and joint are a LoRA that is trained on other data.
+KINDS = {"lora": LoRA, "replay": LoRA, "joint": LoRA, "task_lora": LoRAPerTask,
+         "moe_lora": MoELoRA, "mose": MoSE, "mose_fixed": FixedRouter}
+METHODS = ("floor", "base", *KINDS)
+OURS = ("mose", "mose_fixed")
+# In these methods a task goes on from what the last one left, so the score of a task before it is
+# learned is of interest: it gives forward transfer (FWT).
+IN_SEQUENCE = ("lora", "replay", "moe_lora")
+
+
+def attach(model, method, args, file=None):
+    """The adapter of a method on `model`: as it lies in a file, or a new one."""
+    if file:
+        return KINDS[method].load(model, file)
+    targets = tuple(listed(args.targets))
+    if method in OURS:
+        return KINDS[method](model, MoSEConfig(
+            targets, num_experts=args.experts, rank=args.rank, top_k=args.top_k,
+            density=args.density, scale=args.scale, router_std=args.router_std))
+    if method == "moe_lora":  # as many parameters as the one LoRA has, spread over its experts
+        rank = max(1, args.lora_rank // args.experts)
+        return MoELoRA(model, targets, rank=rank, scale=args.lora_scale, experts=args.experts,
+                       top_k=args.top_k, router_std=args.router_std)
+    return KINDS[method](model, targets, rank=args.lora_rank, scale=args.lora_scale)
+
+
+# Of MoSEs, times the width of the base. With Adam, the best rate falls as layers become wider. This
+# is 2e-2 for tiny-llm (128 wide), 4.3e-3 for SmolLM2-135M (576) and 1.2e-3 for a base of 2048.
+RATE_TIMES_WIDTH = 2.5
+
+
+def rate(method, args, model):
+    """The learning rate of a method."""
+    if method not in OURS:
+        return args.lora_lr
+    width = model.get_input_embeddings().weight.shape[1]
+    return args.lr or RATE_TIMES_WIDTH / width
+
+
+def lessons(method, tasks, args):
+    """What a method learns, one Task after the other: nothing, for those that only are tested."""
+    if method in ("floor", "base"):
+        return []
+    if method == "joint":  # all at once; each example as often as in its own task's epochs
+        rows = [row for task in tasks for row in task.train * task.epochs]
+        return [dataclasses.replace(tasks[0], name="joint", train=rows, epochs=1)]
+    if method != "replay":
+        return tasks
+    plan, rng = [], random.Random(args.seeds)
+    for t, task in enumerate(tasks):
+        rows = [*task.train]
+        for earlier in tasks[:t]:
+            rows += rng.sample(earlier.train, math.ceil(args.replay * len(earlier.train)))
+        plan.append(dataclasses.replace(task, train=rows))
+    return plan
+
+
+def tasks_to_test(t, method, tasks, args):
+    """The tasks that are tested after lesson t: by default every task that was seen so far."""
+    if method == "joint" or t == len(tasks) - 1:
+        return tasks
+    if args.test == "ends":
+        return tasks[t:t + 1]
+    return tasks[:t + 2] if method in IN_SEQUENCE else tasks[:t + 1]

@@ -1,0 +1,129 @@
+"""The command line of train_trace.py: every option with its default, and the presets."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import transformers
+
+from mose import MoSEConfig
+from tracebench.data import listed
+from tracebench.methods import METHODS
+from tracebench.scores import SCORES, TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A preset is a set of other defaults. The data of this one is a public copy of TRACE-0.5K. It
+# belongs to zjwang21 and is not part of this project.
+PRESETS = {"": {}, "gpu": {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "epochs": "trace", "test": "ends",
+    "lora_lr": 3e-3, "tokens": 16384, "dtype": "bfloat16",
+    "data": "https://raw.githubusercontent.com/zjwang21/TRACE/"
+    "cb1bfea893e6181801b1e663ec659316533c1e21/TRACE-Benchmark/LLM-CL-Benchmark_500"}}
+
+
+def option(default, text, choices=None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass
+class Args:
+    """Every field is an option of the command line, and is noted in the result file."""
+
+    preset: str = option("", "gpu: other defaults, for TRACE-0.5K on a GPU", tuple(PRESETS))
+    model: str = option(str(ROOT / "assets/tiny-llm"), "hub id or folder of a causal LM")
+    data: str = option(str(ROOT / "assets/trace-mini"), "folder or URL with TASK/{train,test}.json")
+    tasks: str = option(",".join(TASKS), "the tasks, in the order of learning")
+    metric: str = option("", "of further tasks, as TASK=METRIC,..: " + ", ".join(SCORES))
+    methods: str = option("lora,replay,task_lora,mose", "of " + ", ".join(METHODS))
+    name: str = option("default", "results go to runs/NAME")
+    force: bool = option(False, "overwrite the results of an earlier run of that name")
+    seeds: str = option("0", "of start and data order; 0,1,2 makes the runs NAME-0 to NAME-2")
+    epochs: str = option("4", "a number, one for each task (5,3,..), or: trace, short")
+    lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 2.5 / width of the base)")
+    lora_lr: float = option(5e-3, "learning rate of all other methods")
+    schedule: str = option("cosine", "of the learning rate", ("cosine", "constant"))
+    batch: int = option(16, "examples of one step")
+    tokens: int = option(1536, "tokens of one training pass at most, with padding")
+    max_prompt: int = option(1024, "the last tokens of a prompt, which the model reads")
+    max_train: int = option(0, "train on a random sample of so many examples a task (0: all); "
+                            "keys see all prompts")
+    max_test: int = option(0, "score a random sample of so many examples a task (0: all)")
+    test: str = option("all", "ends: each task when it is learned, and all at the end; all: every "
+                       "seen task after each task", ("all", "ends"))
+    split: str = option("test", "what is scored; choose settings by eval", ("test", "eval"))
+    targets: str = option("q_proj,v_proj", "linear layers that get experts")
+    experts: int = option(MoSEConfig.num_experts, "experts of mose and moe_lora")
+    rank: int = option(MoSEConfig.rank, "rank of each expert of mose")
+    top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to")
+    router_std: float = option(MoSEConfig.router_std, "spread of new routers")
+    density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
+    scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
+    lora_rank: int = option(8, "rank of a LoRA and, in all, of moe_lora")
+    lora_scale: float = option(4.0, "their scale, alpha / rank")
+    replay: float = option(0.05, "share of each earlier task's examples, mixed into a task")
+    resume: str = option("", "go on with an interrupted run: its folder, and no other option")
+    device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
+    device_map: str = option("", "auto spreads a large base over several GPUs (needs accelerate)")
+    checkpointing: bool = option(False, "recompute activations in backward, to save memory")
+    ask: list[str] = dataclasses.field(default_factory=list, metadata={
+        "metavar": ("FILE", "PROMPT"), "help": "only answer a prompt, with an adapter of mose"})
+
+
+LOWEST = {"batch": 1, "tokens": 1, "max_prompt": 2, "max_train": 0, "max_test": 0,
+          "experts": 1, "rank": 1, "top_k": 1, "lora_rank": 1}
+
+
+def parse(argv=None):
+    """Args from the command line. Exits with a message on a wrong one."""
+    parser = transformers.HfArgumentParser(
+        Args, description="Learn the tasks of TRACE in a row, and test every seen task after each.")
+    # The preset is read first, since it sets the defaults of all other options.
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
+    args = Args(**vars(parser.parse_args(argv)))
+    try:
+        if args.resume:
+            return interrupted(args)
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in ("model", "data"):  # --resume may be called from another folder
+        if Path(getattr(args, name)).exists():
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    return args
+
+
+def check(args):
+    """Raises ValueError for a value that is out of range."""
+    seeds, methods = listed(args.seeds), listed(args.methods)
+    if not all(seed.isdecimal() for seed in seeds) or len({*seeds}) < len(seeds):
+        raise ValueError(
+            f"--seeds: got {args.seeds!r}, expected whole numbers, each once: 0 or 0,1,2")
+    if not {*methods} <= {*METHODS} or len({*methods}) < len(methods):
+        raise ValueError(
+            f"--methods: got {args.methods!r}, expected each once, of {', '.join(METHODS)}")
+    for name, least in LOWEST.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}: got {getattr(args, name)}, expected at least {least}")
+    if args.top_k > args.experts:
+        raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}")
+    if not 0 <= args.replay <= 1:
+        raise ValueError(f"--replay: got {args.replay}, expected a share of 0 .. 1")
+    if len(args.ask) not in (0, 2):
+        raise ValueError(f"--ask: got {len(args.ask)} values, expected FILE and \"PROMPT\"")
+
+
+def interrupted(args):
+    """The Args that the run of --resume began with. Raises ValueError if it can't go on."""
+    file = Path(args.resume) / "args.json"
+    if args != Args(resume=args.resume):
+        raise ValueError("--resume goes alone: the run goes on with the options that it began with")
+    if not file.exists():
+        raise ValueError(
+            f"--resume: there is no {file}, so no run to go on with (each of several seeds is a "
+            "run of its own: NAME-0, NAME-1, ..)")
+    began = json.loads(file.read_text()).get("options", {})
+    if began.keys() != vars(args).keys():
+        raise ValueError(f"--resume: {file} is of another version of this script: start again")
+    return Args(**began | {"resume": args.resume})
