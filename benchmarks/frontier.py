@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(5)
 PAIRED = range(10)  # of the comparison of routers
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
-RANKS = (1, 2, 3, 4, 8)
-LORA_RATES = ("5e-3", "1e-2", "2e-2")
+# {rank: rates}: the two best of 5e-3, 1e-2, 2e-2 and 3e-2 in earlier runs (seed 0), searched again.
+LORA_RATES = {1: ("1e-2", "2e-2"), 2: ("1e-2", "2e-2"), 4: ("5e-3", "1e-2"), 8: ("5e-3", "1e-2")}
 # What is changed in the code of a run, by its name. The rest of a run are its options.
 CHANGES = {
     "": "",
@@ -84,13 +84,13 @@ def jobs():
         todo[f"{name} {seed}"] = change, ["--test", "ends", "--seeds", str(seed), "--split", split,
                                           *options]
 
+    for rank, rates in LORA_RATES.items():
+        for rate in rates:
+            add(f"search task_lora r{rank} {rate}", 0, "--methods", "task_lora", "--lora_rank",
+                str(rank), "--lora_lr", rate, split="eval")
     for seed in SEEDS:
         for density in DENSITIES:
             add(f"mose {density}", seed, "--methods", "mose", "--density", density)
-        for rank in RANKS if seed == 0 else ():
-            for rate in LORA_RATES:
-                add(f"search task_lora r{rank} {rate}", 0, "--methods", "task_lora", "--lora_rank",
-                    str(rank), "--lora_lr", rate, split="eval")
     one_expert = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
     for seed in PAIRED:
         add("mose 0.01", seed, "--methods", "mose", "--density", "0.01")
@@ -116,18 +116,16 @@ train_trace.parse = parse_other
 def final_loras(folder):
     """The runs of task_lora on `test`, each rank at its best rate of the search."""
     todo = {}
-    for rank in RANKS:
-        found = {}
-        for rate in LORA_RATES:
-            file = folder / f"search task_lora r{rank} {rate} 0/task_lora.json"
-            if file.exists():
+    for seed in SEEDS:
+        for rank, rates in LORA_RATES.items():
+            found = {}
+            for rate in rates:
+                file = folder / f"search task_lora r{rank} {rate} 0/task_lora.json"
                 found[rate] = json.loads(file.read_text())["op"]
-        if len(found) == len(LORA_RATES):
             rate = max(found, key=found.get)
-            for seed in SEEDS:
-                todo[f"task_lora r{rank} {rate} {seed}"] = "", [
-                    "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
-                    "--lora_rank", str(rank), "--lora_lr", rate]
+            todo[f"task_lora r{rank} {rate} {seed}"] = "", [
+                "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
+                "--lora_rank", str(rank), "--lora_lr", rate]
     return todo
 
 
@@ -241,13 +239,17 @@ def main():
     folder = Path("runs/frontier")
     if args.what == "tiny":
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-            every = [pool.submit(work, name, *job) for name, job in jobs().items()]
-            for job in every:
-                job.result()
-            # The LoRAs' last runs follow from their search.
-            every = [pool.submit(work, name, *job) for name, job in final_loras(folder).items()]
-            for job in every:
-                job.result()
+            def run(some):
+                for done in [pool.submit(work, name, *job) for name, job in some.items()]:
+                    done.result()
+
+            every = jobs()
+            run({name: job for name, job in every.items() if name.startswith("search")})
+            # The last runs of the LoRAs follow from their search. Seed by seed, so that a part of
+            # all this is a whole as well.
+            every |= final_loras(folder)
+            for seed in PAIRED:
+                run({name: job for name, job in every.items() if name.endswith(f" {seed}")})
         return
     results = collected(folder)
     (ROOT / "results/frontier.json").write_text(json.dumps(results) + "\n")

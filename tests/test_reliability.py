@@ -1,11 +1,11 @@
 """Nothing lost: killed, cut short, fed nonsense, run a hundred times over."""
 
-import bz2
 import dataclasses
 import fcntl
 import gc
 import io
 import json
+import lzma
 import shutil
 import sys
 from pathlib import Path
@@ -176,24 +176,24 @@ def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch
         learn(each, "b")
     finish, calls = SubExperts.finish, []
 
-    def no_memory(layer, name):
-        calls.append(name)
-        return finish(layer, name) if len(calls) != 2 else 1 / 0
+    def no_memory(layer, *given):
+        calls.append(layer)
+        return finish(layer, *given) if len(calls) != 2 else 1 / 0
 
     monkeypatch.setattr(SubExperts, "finish", no_memory)
     with pytest.raises(ZeroDivisionError):
         mose.end_task()
-    assert mose.open == "b" and mose.tasks == ["a"]
+    assert mose.open == "b" and [*mose.tasks] == ["a"]
     if guard:
         mose.end_task()
     else:
-        mose.tasks, mose.open = ["a", "b"], None
+        mose.tasks["b"], mose.open = mose.lineage, None
     whole.end_task()
-    mose.save(tmp_path / "m")
-    if not guard:
-        with pytest.raises(ValueError, match="damaged"):
-            MoSE.load(tiny(), tmp_path / "m")
+    if not guard:  # two of the four layers have no router of "b"
+        with pytest.raises(KeyError):
+            mose.save(tmp_path / "m")
         return
+    mose.save(tmp_path / "m")
     again = MoSE.load(tiny(), tmp_path / "m")
     assert torch.equal(logits(again, "b"), logits(whole, "b"))
     assert torch.equal(logits(mose, "a"), logits(whole, "a"))
@@ -246,10 +246,12 @@ def test_a_file_that_is_something_else_or_holds_objects_is_never_run(tmp_path):
 
     buffer = io.BytesIO()
     torch.save({"config": Evil()}, buffer)
-    for content in (b"text", bz2.compress(b"text"), buffer.getvalue(),
-                    module.FORMAT + bz2.compress(buffer.getvalue())):
+    for content in (b"text", lzma.compress(b"text"), buffer.getvalue(),
+                    module.FORMAT + b"text", module.FORMAT + lzma.compress(b"text"),
+                    module.FORMAT + lzma.compress(buffer.getvalue())):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged, outdated"):
+        ours = content.startswith(module.FORMAT)
+        with pytest.raises(ValueError, match="damaged, or no adapter" if ours else "its format is"):
             MoSE.load(tiny(), file)
         assert not proof.exists()
     buffer.seek(0)
@@ -259,36 +261,62 @@ def test_a_file_that_is_something_else_or_holds_objects_is_never_run(tmp_path):
 
 def edited(path, edit):
     """Write the file anew, as `save` would, after edit(its content)."""
-    content = torch.load(io.BytesIO(bz2.decompress(path.read_bytes()[len(module.FORMAT):])))
+    content = torch.load(io.BytesIO(lzma.decompress(path.read_bytes()[len(module.FORMAT):])))
     edit(content)
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.write_bytes(module.FORMAT + bz2.compress(buffer.getvalue()))
+    path.write_bytes(module.FORMAT + lzma.compress(buffer.getvalue()))
 
 
-def without_router(content):
-    tasks, values = content["layers"][1]
-    content["layers"][1] = {name: mask for name, (mask, _) in tasks.items()}, values
+EDITS = {
+    **{f"without {key}": lambda c, key=key: c.pop(key)
+       for key in "config base count tasks entries routers keys".split()},
+    "with something more": lambda c: c.update(extra=1),
+    "another base": lambda c: c.update(base=c["base"] + 1),
+    "a base of other size": lambda c: c.update(base=c["base"][:-1]),
+    "rank 0": lambda c: c["config"].update(rank=0),
+    "another rank": lambda c: c["config"].update(rank=4),
+    "other targets": lambda c: c["config"].update(targets=("q_proj",)),
+    "a target that is not there": lambda c: c["config"].update(targets=("nope",)),
+    "a field more": lambda c: c["config"].update(depth=3),
+    "another key_dim": lambda c: c["config"].update(key_dim=8),
+    "a task without router": lambda c: c["tasks"].update(z=[1]),
+    "a task of a later number": lambda c: c["tasks"].update(a=[9]),
+    "a task without number": lambda c: c["tasks"].update(a=[]),
+    "tasks as a list": lambda c: c.update(tasks=["a"]),
+    "entries of a later number": lambda c: c["entries"].update({9: c["entries"].pop(1)}),
+    "entries of number 0": lambda c: c["entries"].update({0: c["entries"].pop(1)}),
+    "a value too few": lambda c: c["entries"].update({1: (
+        c["entries"][1][0], c["entries"][1][1][1:])}),
+    "no mask": lambda c: c["entries"].update({1: (b"", c["entries"][1][1])}),
+    "an empty mask": lambda c: c["entries"].update({1: (
+        lzma.compress(b""), c["entries"][1][1][:0])}),
+    "a mask of half a gap": lambda c: c["entries"].update({1: (
+        lzma.compress(b"123"), c["entries"][1][1])}),
+    "a mask beyond the pool": lambda c: c["entries"].update({1: (
+        lzma.compress(b"\0\0\0\x7f"), c["entries"][1][1][:1])}),
+    "a mask before the pool": lambda c: c["entries"].update({1: (
+        lzma.compress(b"\0\0\0\0"), c["entries"][1][1][:1])}),
+    "a layer too few": lambda c: c["routers"].update(a=c["routers"]["a"][1:]),
+    "a router of other size": lambda c: c["routers"].update(a=torch.ones(4, 8, 9)),
+    "a key of no task": lambda c: c["keys"][0].update(z=c["keys"][0]["a"]),
+    "a mean of other size": lambda c: c["keys"][0].update(a=(4, torch.ones(9))),
+    "keys of other size": lambda c: c.update(keys=(c["keys"][0], torch.ones(9, 9))),
+    "numbers that are not finite": lambda c: c["entries"][1][1].fill_(torch.nan),
+}
 
 
-@pytest.mark.parametrize("edit", [
-    *(lambda c, name=name: c.pop(name)
-      for name in "base config layers tasks keys".split()),
-    lambda c: c.update(extra=1), lambda c: c.update(base=c["base"] + 1), without_router,
-    lambda c: c["config"].update(rank=0), lambda c: c["config"].update(rank=4),
-    lambda c: c["tasks"].append("z"), lambda c: c["layers"].pop(), 
-    lambda c: c["layers"][0][0].update(a=(torch.ones(9) > 0, c["layers"][0][0]["a"][1])),
-    lambda c: c["layers"][0][0].update(a=(c["layers"][0][0]["a"][0], torch.ones(8, 9))),
-    lambda c: c["layers"].__setitem__(0, (c["layers"][0][0], torch.ones(9)))])
-def test_a_whole_file_with_another_content_is_refused_and_the_model_left_alone(edit, tmp_path):
+@pytest.mark.parametrize("what", EDITS)
+def test_a_whole_file_with_another_content_is_refused_and_the_model_left_alone(what, tmp_path):
     mose, model, path = ready("a"), tiny(), tmp_path / "m"
     mose.save(path)
     edited(path, lambda _: None)
     MoSE.load(model, path).detach()  # control: unchanged, it is read
-    edited(path, edit)
-    with pytest.raises(ValueError, match="damaged, outdated or not for this base"):
+    edited(path, EDITS[what])
+    with pytest.raises(ValueError, match="damaged|targets: no linear layer"):
         MoSE.load(model, path)
     assert not any(isinstance(m, SubExperts) for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -337,40 +365,58 @@ def load(content, tmp_path):
 
 
 MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, tmp_path))
-    "task name None": ("expected a task", lambda m, b, p: m.begin_task(None)),
-    "task name 3": ("expected a task", lambda m, b, p: m.begin_task(3)),
-    "a known name": ("'a': expected a task not in", lambda m, b, p: m.begin_task("a")),
-    "two open": ("open 'c'", lambda m, b, p: [m.begin_task(n) for n in "cd"]),
+    "task name None": ("got None, expected a str", lambda m, b, p: m.begin_task(None)),
+    "task name 3": ("got 3, expected a str", lambda m, b, p: m.begin_task(3)),
+    "a known name": ("'a' is finished: expected a new", lambda m, b, p: m.begin_task("a")),
+    "a source that is none": ("source: got 'z'", lambda m, b, p: m.begin_task("c", "z")),
+    "the source as a probe": ("source: got <", lambda m, b, p: m.begin_task("c", len)),
+    "need 1.5": ("need: got 1.5", lambda m, b, p: m.begin_task("c", "a", 1.5)),
+    "a probe that gives NaN": (r"probe\(\) gave nan", lambda m, b, p: (
+        m.best_source(lambda: float("nan")))),
+    "two open": ("'c' is open: end_task", lambda m, b, p: [m.begin_task(n) for n in "cd"]),
     "end, none open": ("call begin_task", lambda m, b, p: m.end_task()),
     "parameters, none open": ("call begin_task", lambda m, b, p: m.trainable_parameters()),
     "observe, none open": ("call begin_task", lambda m, b, p: m.observe(IDS)),
     "save while open": ("call end_task", lambda m, b, p: (m.begin_task("c"), m.save(p / "m"))),
-    "set an unknown task": ("unknown task 'z'", lambda m, b, p: m.set_task("z")),
-    "set a number": ("unknown task 3", lambda m, b, p: m.set_task(3)),
-    "set an empty list": (r"unknown task \[\]", lambda m, b, p: m.set_task([])),
-    "a list with an unknown": (r"unknown task \['a', 'z'\]", lambda m, b, p: (
-        m.set_task(["a", "z"]))),
-    "too few tasks": ("got 2 tasks for a batch of 3", lambda m, b, p: (
+    "observe for an unknown": ("unknown task 'z'", lambda m, b, p: m.observe(IDS, task="z")),
+    "set an unknown task": (r"unknown tasks \['z'\]", lambda m, b, p: m.set_task("z")),
+    "set a number": (r"unknown tasks \[3\]", lambda m, b, p: m.set_task(3)),
+    "set a tuple": (r"unknown tasks \[\('a', 'b'\)\]", lambda m, b, p: m.set_task(("a", "b"))),
+    "set an empty list": ("got an empty list of tasks", lambda m, b, p: m.set_task([])),
+    "a list with an unknown": (r"unknown tasks \['z'\]", lambda m, b, p: m.set_task(["a", "z"])),
+    "a list with the open task": (r"unknown tasks \['c'\]", lambda m, b, p: (
+        m.begin_task("c"), m.set_task(["a", "c"]))),
+    "too few tasks": ("a list of 2 tasks.*as many rows", lambda m, b, p: (
         m.set_task(["a", "b"]), m.model(IDS))),
+    "too many tasks": ("a list of 6 tasks.*as many rows", lambda m, b, p: (
+        m.set_task(["a", "b"] * 3), m.model(IDS))),
     "forget an unknown": ("can't forget 'z'", lambda m, b, p: m.forget("z")),
+    "rename an unknown": ("can't rename 'z'", lambda m, b, p: m.rename("z", "c")),
+    "rename to a known": ("a task 'b' already", lambda m, b, p: m.rename("a", "b")),
+    "rename to 3": ("got 3, expected a str", lambda m, b, p: m.rename("a", 3)),
     "attach twice": ("detach\\(\\) it", lambda m, b, p: MoSE(m.model)),
+    "load on what is attached": ("detach\\(\\) it", lambda m, b, p: (
+        m.save(p / "m"), MoSE.load(m.model, p / "m"))),
     "a base on meta": ("offloaded", lambda m, b, p: MoSE(tiny().to("meta"))),
-    "no such layer": (r"\['nope'\] can't be targets", lambda m, b, p: MoSE(
-        tiny(), MoSEConfig(targets=("nope",)))),
-    "targets as one text": ("can't be targets", lambda m, b, p: MoSE(
-        tiny(), MoSEConfig(targets="q_proj"))),
-    "no targets": ("can't be targets", lambda m, b, p: MoSE(
-        tiny(), MoSEConfig(targets=()))),
+    "no such layer": (r"no linear layer has the name \['nope'\]; there are", lambda m, b, p: MoSE(
+        tiny(), MoSEConfig(targets=("q_proj", "nope")))),
+    "no linear layer": (r"no linear layer has the name \['norm'\]", lambda m, b, p: MoSE(
+        tiny(), MoSEConfig(targets=("norm",)))),
+    "no targets": ("targets: got none", lambda m, b, p: MoSEConfig(targets=())),
+    "a number as target": ("got 3, expected a str", lambda m, b, p: MoSEConfig(targets=(3,))),
     "density 0": ("density: got 0", lambda m, b, p: MoSEConfig(density=0)),
     "density 1.5": ("density: got 1.5", lambda m, b, p: MoSEConfig(density=1.5)),
+    "scale infinite": ("scale: got inf", lambda m, b, p: MoSEConfig(scale=float("inf"))),
     "density NaN": ("density: got nan", lambda m, b, p: MoSEConfig(density=float("nan"))),
     "top_k above experts": ("top_k: got 5", lambda m, b, p: MoSEConfig(top_k=5)),
     "rank 1.5": ("rank: got 1.5", lambda m, b, p: MoSEConfig(rank=1.5)),
     "rank as text": ("rank: got '8'", lambda m, b, p: MoSEConfig(rank="8")),
-    "infinite weight": ("is not finite: forget", lambda m, b, p: infinite(m)),
-    "infer before observe": ("no key: ", lambda m, b, p: MoSE(tiny()).infer_task(IDS)),
-    "an empty checkpoint": ("damaged, outdated", lambda m, b, p: load(b"", p)),
-    "text as checkpoint": ("damaged, outdated", lambda m, b, p: load(b"hello" * 99, p)),
+    "infinite weight": ("weights that are not finite: forget", lambda m, b, p: infinite(m)),
+    "infer before observe": ("no task has a key", lambda m, b, p: MoSE(tiny()).infer_task(IDS)),
+    "an empty checkpoint": ("its format is b''", lambda m, b, p: load(b"", p)),
+    "text as checkpoint": ("its format is b'hellohe'", lambda m, b, p: load(b"hello" * 99, p)),
+    "a checkpoint of before": ("expected b'MoSE 3.n': learn its tasks again", lambda m, b, p: load(
+        b"MoSE 2\n" + b"hello" * 99, p)),
     "empty data file": ("can't be read as JSON", lambda m, b, p: from_text("", b, p)),
     "broken JSON": ("can't be read as JSON", lambda m, b, p: from_text("[{", b, p)),
     "not UTF-8": ("can't be read as JSON", lambda m, b, p: from_text(b"[\xff\xfe]", b, p)),
@@ -510,6 +556,27 @@ def any_script(base, tmp_path, capsys):
     assert [base[1].decode(a[:-1]) for a in answers] == [a for _, a in texts]
 
 
+def one_target_as_text(base, tmp_path, capsys):
+    mose = MoSE(tiny(), MoSEConfig(targets="q_proj"))
+    assert mose.config.targets == ("q_proj",) and len(mose.layers) == 2
+
+
+def names_of_numpy_and_enums(base, tmp_path, capsys):
+    """What torch.load would refuse is made plain at the entrance."""
+    import enum
+    import numpy
+    Name = enum.StrEnum("Name", {"A": "a"})
+    mose = MoSE(tiny(), MoSEConfig(targets=numpy.unique(["q_proj", "v_proj"])))
+    for name in (Name.A, numpy.str_("b")):
+        learn(mose, name)
+        mose.end_task()
+    mose.rename("b", numpy.str_("c"))
+    mose.save(tmp_path / "m")
+    again = MoSE.load(tiny(), tmp_path / "m")
+    assert [*map(type, [*again.tasks, *mose.tasks])] == [str] * 4 and [*again.tasks] == ["a", "c"]
+    assert torch.equal(logits(again, Name.A), logits(mose, "a"))
+
+
 def two_devices(base, tmp_path, capsys):
     """The second half of the layers on another device: here meta, the only other one at hand."""
     model = tiny()
@@ -521,13 +588,14 @@ def two_devices(base, tmp_path, capsys):
 def no_example_of_a_task(base, tmp_path, capsys):
     mose = MoSE(tiny())
     mose.begin_task("a")
-    report = mose.end_task()  # after zero steps
-    assert report["new"] > 0 and torch.equal(logits(mose, "a"), logits(mose, None))
+    mose.end_task()  # after zero steps
+    assert mose.capacity()["a"]["new"] > 0 and torch.equal(logits(mose, "a"), logits(mose, None))
 
 
 ODD_INPUTS = {f.__name__: f for f in (
     quantised, tied, million_characters, rows_of_train_in_test, no_bos, no_pad, no_eos,
-    one_example, any_script, two_devices, no_example_of_a_task)}
+    one_example, any_script, one_target_as_text, names_of_numpy_and_enums, two_devices,
+    no_example_of_a_task)}
 
 
 @pytest.mark.parametrize("what", ODD_INPUTS)
@@ -544,7 +612,7 @@ def test_a_loss_or_gradient_that_is_not_finite_costs_the_open_task_alone(bad):
     (mose.model(input_ids=IDS, labels=IDS).loss * bad).backward()
     optimizer.step()
     optimizer.zero_grad()
-    with pytest.raises(ValueError, match="'b' is not finite: forget"):
+    with pytest.raises(ValueError, match="'b' has weights that are not finite: forget"):
         mose.end_task()
     mose.forget("b")
     learn(mose, "b")
@@ -562,7 +630,9 @@ def test_no_order_of_calls_changes_a_learned_task():
 
 def test_the_search_over_orders_finds_a_fault(monkeypatch):
     """Control: used entries that go on being overwritten."""
-    monkeypatch.setattr(SubExperts, "protect", lambda layer: layer.used.zero_())
+    finish = SubExperts.finish
+    monkeypatch.setattr(SubExperts, "finish", lambda layer, *given: (
+        finish(layer, *given), setattr(layer, "frozen", layer.weight.detach())))
     with pytest.raises(AssertionError):
         reliability.sequences(12, length=8, phases=[reliability.hypothesis.Phase.generate])
 
@@ -578,7 +648,7 @@ def test_huge_gates_and_equal_scores_give_no_nan(dtype):
         layer.router.data.fill_(3e4)
         layer.router.data[0] = -3e4
         layer.score.data.fill_(0.5)
-    assert all(int(layer.select().sum()) == layer.num_new for layer in mose.layers)
+    assert all(int(layer.select().sum()) == sum(layer.num_new) > 0 for layer in mose.layers)
     mose.end_task()
     assert logits(mose, "a").isfinite().all()
 
@@ -588,11 +658,12 @@ def test_a_pool_with_one_free_entry_goes_on_and_a_full_one_says_so():
     assert mose.capacity()["a"]["share"] == 1.0
     with pytest.raises(ValueError, match="gets no entry"):
         mose.begin_task("b")
-    for layer in mose.layers:  # one free entry left
-        layer.used[-1] = False
+    for layer in mose.layers:  # one free entry left, of B
+        layer.owner[-1] = 0
     mose.begin_task("b")
-    assert all(layer.num_new == 1 and int((layer.select() & ~layer.used).sum()) == 1
-               for layer in mose.layers)
+    for layer in mose.layers:
+        assert sum(layer.num_new) == 1 and layer.select().nonzero().tolist() == [
+            [len(layer.owner) - 1]]
 
 
 def test_exactly_k_of_any_scores():
@@ -606,16 +677,18 @@ def test_exactly_k_of_any_scores():
 def held(mose):
     """Bytes of all tensors that can be reached from it, each storage once, and of task records."""
     seen = {}
-    tensors = [t for layer in mose.layers for t in vars(layer).values() if torch.is_tensor(t)]
-    tensors += [t for layer in mose.layers for t in [*layer.parameters(), *layer.buffers()]]
-    tensors += [mose.key_scatter, *mose.key_means.values()]
+    tensors = [t for layer in mose.layers for t in [*layer.parameters(), *layer.buffers()]]
+    tensors += [t for layer in mose.layers for _, pair in layer.in_force for t in pair]
+    tensors += [mose.key_scatter, *(mean for _, mean in mose.keys.values())]
     for t in tensors:
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    records = [t for layer in mose.layers for pair in layer.tasks.values() for t in pair]
+    records = [t for layer in mose.layers for t in layer.routers.values()]
     return sum(seen.values()), sum(t.nbytes for t in records)
 
 
-def test_memory_stays_flat_over_a_hundred_tasks():
+def test_memory_stays_flat_over_a_hundred_tasks(monkeypatch):
+    monkeypatch.setattr(MoSE, "best_source", lambda mose, probe: (  # as if it probed them all
+        ([*mose.tasks][-1], 0.5) if mose.tasks else (None, 1.0)))
     mose = MoSE(tiny())
     sizes, tensors = [], []
     for i in range(100):
@@ -624,12 +697,12 @@ def test_memory_stays_flat_over_a_hundred_tasks():
         if i in (19, 99):
             gc.collect()
             sizes.append(held(mose))
-            tensors.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     pool, records = zip(*sizes)
     keys = 80 * len(mose.key_scatter) * 4
     assert pool[1] - pool[0] <= keys + 80 * 64  # a key for each task, and nothing else
     assert records[1] == 5 * records[0]
-    assert tensors[1] - tensors[0] <= 80 * (1 + 2 * len(mose.layers)) + 10
+    assert tensors[1] - tensors[0] <= 80 * (1 + len(mose.layers)) + 10
 
 
 def test_a_thousand_times_on_and_off_leaves_no_hook():

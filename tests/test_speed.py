@@ -1,6 +1,5 @@
 """What makes it fast stays so: one graph, no synchronisation with the host, nothing recompiled."""
 
-
 import torch
 
 import mose as module
@@ -46,9 +45,24 @@ def test_training_is_one_graph_too():
     assert losses[-1] < losses[0] and graphs["unique_graphs"] == 1
 
 
+def test_a_block_may_be_compiled_alone():
+    """Nothing is handed from one hook to another, so no graph needs what another has made."""
+    mose = learn(attach(), *"abc", steps=1)
+    expected = snapshot(mose, *"abc")
+    torch._dynamo.reset()
+    graphs.clear()
+    mose.model.model.layers[0].compile(backend="eager", fullgraph=True)
+    assert torch.allclose(snapshot(mose, *"abc"), expected, atol=1e-5)
+    assert graphs["unique_graphs"] == 1  # for all tasks
+    falls = []
+    learn(mose, "d", falls=falls)
+    assert falls[0] > 0 and graphs["unique_graphs"] == 2  # control: training is another graph
+    assert torch.allclose(snapshot(mose, *"abc"), expected, atol=1e-5)
+
+
 def test_masked_matrices_are_built_once_for_a_task_and_not_for_a_token(monkeypatch):
-    calls, unpack = [], module.SubExperts.unpack
-    monkeypatch.setattr(module.SubExperts, "unpack", lambda *x: calls.append(1) or unpack(*x))
+    calls, matrices = [], module.SubExperts.matrices
+    monkeypatch.setattr(module.SubExperts, "matrices", lambda *x: calls.append(1) or matrices(*x))
     mose = learn(attach(), "a")
     calls.clear()
     mose.set_task("a")
@@ -57,4 +71,24 @@ def test_masked_matrices_are_built_once_for_a_task_and_not_for_a_token(monkeypat
     mose.begin_task("b")
     assert not any(layer.in_force for layer in mose.layers)  # dropped when training
     mose.model(data("a"))
-    assert len(calls) > len(mose.layers)  # control: an open task's change at every step
+    mose.model(data("a"))
+    assert len(calls) == 3 * len(mose.layers)  # control: an open task's change at every step
+
+
+def test_the_experts_of_a_layer_cost_two_products_with_its_tokens(monkeypatch):
+    """x [A | to_gates], and what comes of it times B: not one product for each expert or gate."""
+    mose, sizes = learn(attach(num_experts=8, rank=2), "a"), []
+
+    class Products(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, given=(), kwargs=None):
+            if function in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
+                sizes.append(tuple(given[1].shape))
+            return function(*given, **kwargs or {})
+
+    layer, x = mose.layers[0], torch.randn(2, 3, 32)
+    with Products():
+        layer.delta(x, layer.in_force[0][1])
+        assert sizes == [(32, 8 * 2 + 8), (8 * 2, 32)]
+        sizes.clear()
+        layer.matrices(*(torch.zeros(len(layer.owner)), layer.routers["a"]))
+        assert sizes == [(16, 8)]  # control: made once for a task, and seen by what counts here

@@ -46,13 +46,15 @@ def trainer(mose, name, folder, **options):
 
 
 def train(mose, name, folder, guard=True, resume=None, **options):
-    """One task from begin to end; its Trainer, and the loss with which it ended."""
+    """One task from begin to end; the state of its Trainer, and the loss with which it ended."""
     mose.begin_task(name)
-    work, model = trainer(mose, name, folder, **options), mose.model
-    if not guard:  # off: checkpoints hold the base alone, as after end_task()
-        model._keys_to_ignore_on_save = mose.own
-    work.train(resume_from_checkpoint=resume)
-    loss = work.evaluate()["eval_loss"]
+    mose.observe(data(name))
+    work = trainer(mose, name, folder, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        # Off: checkpoints hold the base alone, as after end_task().
+        guard or patch.setattr(SubExperts, "_save_to_state_dict", lambda *given: None)
+        work.train(resume_from_checkpoint=resume)
+        loss = work.evaluate()["eval_loss"]
     mose.end_task()
     return work.state, loss
 
@@ -98,6 +100,7 @@ def test_what_accelerate_saved_of_an_open_task_goes_on_in_a_new_process(guard, t
     stop.save(tmp_path / "mose.pt")
     for mose in (stop, MoSE.load(tiny(), tmp_path / "mose.pt")):
         mose.begin_task("b")
+        mose.observe(data("b"))
         optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03)
         work = accelerate.Accelerator(cpu=True)
         model, optimizer = work.prepare(mose.model, optimizer)
@@ -107,5 +110,6 @@ def test_what_accelerate_saved_of_an_open_task_goes_on_in_a_new_process(guard, t
         elif guard:  # off: what is open goes on from its own beginning
             work.load_state(tmp_path / "state")
         step(model, optimizer, data("b"))
-        ends.append(snapshot(mose.end_task() and mose, "a", "b"))
+        mose.end_task()
+        ends.append(snapshot(mose, "a", "b"))
     assert [torch.equal(*pair) for pair in zip(*ends)] == [True, guard]
