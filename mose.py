@@ -213,9 +213,11 @@ class SubExperts(nn.Module):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
+        # On the CPU in fp32, whatever the defaults are: the same numbers everywhere.
+        draw = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate.
-        drawn = torch.rand(self.score.shape, generator=generator, device="cpu")
+        drawn = torch.rand(self.score.shape, **draw)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select. They start anew here:
         # otherwise this task would read them before it has learned anything.
@@ -224,9 +226,9 @@ class SubExperts(nn.Module):
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
             D, _ = self.shape_A
             A, _ = self.split(self.weight)
-            drawn = torch.rand(A.shape, generator=generator, device="cpu")
+            drawn = torch.rand(A.shape, **draw)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
-            drawn = torch.randn(self.router.shape, generator=generator, device="cpu")
+            drawn = torch.randn(self.router.shape, **draw)
             self.router.copy_(self.config.router_std * drawn)
         else:
             # New entries are 0, so the task starts exactly as its source. They can learn, since
@@ -590,6 +592,7 @@ class MoSE:
         needed = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in needed]
         self.packed = {}  # {number: its entries as few bytes}: see `_pack`
+        self.attached = True
 
     # ---- tasks that go, and tasks with a new name
 
@@ -629,10 +632,14 @@ class MoSE:
 
     def detach(self):
         """Take everything off: the base is what it was, bit for bit."""
-        expect(self.layers[0] in self.model.modules(), "this MoSE is detached already")
+        expect(self.attached, "this MoSE is detached already")
+        self.attached = False
         for module in [*self.model.modules()]:
+            # Not by their handles: quantize_dynamic copies the hooks to layers of its own.
+            for key, hook in [*module._forward_hooks.items()]:
+                if getattr(hook, "__self__", None) in self.layers:
+                    del module._forward_hooks[key]
             if getattr(module, "sub_experts", None) in self.layers:
-                module.sub_experts.handle.remove()
                 del module.sub_experts
         for parameter in self.trainable_before:
             parameter.requires_grad_(True)
@@ -894,7 +901,8 @@ class TaskKeys:
         for _, mean, spread, common in self.tasks.values():
             # The shared text gets exactly the share that it has in the task's own prompts. So it
             # cancels, and it dilutes a short prompt as much as a long one.
-            shares = torch.tensor([common[token] for token in shared.tolist()], device="cpu")
+            shares = [common[token] for token in shared.tolist()]
+            shares = torch.tensor(shares, dtype=torch.float32, device="cpu")
             x = self.embed(shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,) squared, for each dimension
