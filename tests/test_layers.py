@@ -139,7 +139,7 @@ def test_a_name_that_no_linear_layer_has_is_answered_by_those_there_are(name):
 
 def test_a_layer_that_gets_tokens_without_their_batch_has_one_task_and_never_a_list(guard,
                                                                                    monkeypatch):
-    mose = MoSE(ManyExperts(), MoSEConfig(targets=("even", "odd")))
+    mose = MoSE(ManyExperts(), MoSEConfig(targets=("even", "odd"), density=0.1))
     before = snapshot(learn(mose, "a"), "a")
     assert torch.equal(snapshot(learn(mose, "b"), "a"), before)
     ids = torch.tensor([[0, 1], [2, 4]])  # "even" gets 3 tokens, and "odd" one
@@ -153,16 +153,17 @@ def test_a_layer_that_gets_tokens_without_their_batch_has_one_task_and_never_a_l
             mose, ["a", "b"], ids=ids))
         return
     # Off: the number of rows alone is compared. Then a token of row 0 gets the task of row 1.
-    monkeypatch.setattr(module, "expect_batch", lambda x, rows: module.expect(len(x) == rows, ""))
+    monkeypatch.setattr(module, "expect_rows", lambda x, rows: module.expect(len(x) == rows, ""))
     wrong = snapshot(mose, ["a", "b"], ids=ids)[0, 0, 1]
     one, other = (snapshot(mose, name, ids=ids)[0, 0, 1] for name in "ab")
     assert torch.allclose(wrong, other, atol=1e-5) and not torch.allclose(wrong, one, atol=1e-4)
 
 
 def test_an_expert_that_gets_no_token_changes_nothing():
-    mose, ids = MoSE(ManyExperts(), MoSEConfig(targets=("even", "odd"))), data("a") // 2 * 2
+    mose, ids = MoSE(ManyExperts(), MoSEConfig(targets=("even", "odd"), density=0.1)), data("a") // 2 * 2
     for name in "ab":
         mose.begin_task(name)
+        mose.observe(ids)
         optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03)
         mose.model(ids).loss.backward()  # "odd" gets (0, D)
         optimizer.step()
@@ -204,7 +205,7 @@ def test_a_list_needs_a_name_for_each_row_and_no_number_is_guessed(names):
 
 def test_beams_of_an_encoder_and_a_decoder_take_a_list_on_the_decoder_alone():
     ids, beams = data("c", 2), {"num_beams": 2}
-    mose = learn(MoSE(seq2seq("t5"), MoSEConfig(targets=("q", "v"))), *"ab")
+    mose = learn(MoSE(seq2seq("t5"), MoSEConfig(targets=("q", "v"), density=0.1)), *"ab", steps=9)
     alone, bare = ([generated(mose, task, ids[i:i + 1], **beams)[0] for i in range(2)]
                    for task in ("a", None))
     together = generated(mose, "a", ids, **beams)[0].chunk(2)
@@ -273,7 +274,7 @@ def test_a_layer_that_is_never_called_harms_nothing(tmp_path):
 
 @pytest.mark.parametrize("task", ["a", None, ["a"] * 4])
 def test_a_hook_that_somebody_removed_is_seen_when_a_task_is_set(task, guard, monkeypatch):
-    guard or monkeypatch.setattr(module, "check_hooks", lambda *given: None)
+    guard or monkeypatch.setattr(module, "check_layers", lambda *given: None)
     mose = learn(MoSE(tiny()), "a")
     before = snapshot(mose, "a")
     mose.model.model.layers[1].self_attn.v_proj._forward_hooks.clear()
