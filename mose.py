@@ -213,9 +213,11 @@ class SubExperts(nn.Module):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
+        # On the CPU in fp32, whatever the defaults are: the same numbers everywhere.
+        draw = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate.
-        drawn = torch.rand(self.score.shape, generator=generator, device="cpu")
+        drawn = torch.rand(self.score.shape, **draw)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select. They start anew here:
         # otherwise this task would read them before it has learned anything.
@@ -224,9 +226,9 @@ class SubExperts(nn.Module):
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
             D, _ = self.shape_A
             A, _ = self.split(self.weight)
-            drawn = torch.rand(A.shape, generator=generator, device="cpu")
+            drawn = torch.rand(A.shape, **draw)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
-            drawn = torch.randn(self.router.shape, generator=generator, device="cpu")
+            drawn = torch.randn(self.router.shape, **draw)
             self.router.copy_(self.config.router_std * drawn)
         else:
             # New entries are 0, so the task starts exactly as its source. They can learn, since
@@ -590,6 +592,7 @@ class MoSE:
         needed = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in needed]
         self.packed = {}  # {number: its entries as few bytes}: see `_pack`
+        self.attached = True
 
     # ---- tasks that go, and tasks with a new name
 
@@ -629,10 +632,14 @@ class MoSE:
 
     def detach(self):
         """Take everything off: the base is what it was, bit for bit."""
-        expect(self.layers[0] in self.model.modules(), "this MoSE is detached already")
+        expect(self.attached, "this MoSE is detached already")
+        self.attached = False
         for module in [*self.model.modules()]:
+            # Not by their handles: quantize_dynamic copies the hooks to layers of its own.
+            for key, hook in [*module._forward_hooks.items()]:
+                if getattr(hook, "__self__", None) in self.layers:
+                    del module._forward_hooks[key]
             if getattr(module, "sub_experts", None) in self.layers:
-                module.sub_experts.handle.remove()
                 del module.sub_experts
         for parameter in self.trainable_before:
             parameter.requires_grad_(True)
@@ -741,10 +748,11 @@ class MoSE:
     def _restore(self, base, last_number, tasks, entries, routers, keys):
         """The inverse of `save`. ValueError says what is not as it was written for this base."""
         far = differences(base, self.base, self.needed)
-        expect(not far, f"it was made on another base: {len(far)} differ: {', '.join(far[:3])}")
+        expect(not far, "it was made on a base of other layers, weights or positions: "
+               f"{len(far)} differ: {', '.join(far[:3])}")
         sizes = [len(layer.owner) for layer in self.layers]
         owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
-        frozen = torch.zeros(sum(sizes), device="cpu")
+        frozen = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
         for number, (count, places, values) in entries.items():
             places = decompressed(places, torch.int32).cumsum(0) - 1  # from the gaps between them
             values = decompressed(values, torch.float32)
@@ -823,6 +831,7 @@ class TaskKeys:
 
     # ---- the life of a task
 
+    @torch.inference_mode(False)  # what is made in it can't be added to later
     def new_sums(self):
         """The empty sums of a task."""
         dim = len(self.scatter)
@@ -892,7 +901,8 @@ class TaskKeys:
         for _, mean, spread, common in self.tasks.values():
             # The shared text gets exactly the share that it has in the task's own prompts. So it
             # cancels, and it dilutes a short prompt as much as a long one.
-            shares = torch.tensor([common[token] for token in shared.tolist()], device="cpu")
+            shares = [common[token] for token in shared.tolist()]
+            shares = torch.tensor(shares, dtype=torch.float32, device="cpu")
             x = self.embed(shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,) squared, for each dimension
@@ -927,6 +937,7 @@ class TaskKeys:
         root = torch.linalg.cholesky(self.scatter) if self.count else self.scatter
         return self.tasks, root[rows, columns].bfloat16(), self.count
 
+    @torch.inference_mode(False)
     def restore(self, tasks, triangle, count):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
         rows, columns = torch.tril_indices(*self.scatter.shape, device="cpu")
@@ -988,13 +999,13 @@ def find_targets(model, targets):
     Raises ValueError if there is none for a target; it lists the names of all linear layers.
     """
     found, names, missing = [], set(), {*targets}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):  # a shared layer by all names
         if in_out(module) is None:
             continue
         names.add(path.rpartition(".")[2])
         fitting = {target for target in targets if f".{path}".endswith(f".{target}")}
         missing -= fitting
-        if fitting:
+        if fitting and module not in found:
             found.append(module)
     expect(not missing, f"targets: no linear layer has the name {sorted(missing)}; there are "
                         f"{sorted(names)}")
@@ -1022,8 +1033,9 @@ def check_model(model):
 def check_layers(layers):
     """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
     for layer in layers:
+        # (None: the layer was replaced, by quantize_dynamic say, and its hooks went along.)
         hooks = layer.handle.hooks_dict_ref()
-        expect(hooks is not None and layer.handle.id in hooks,
+        expect(hooks is None or layer.handle.id in hooks,
                "the hook of a target is gone, so the layer would be the bare base: detach() this "
                "MoSE, and load() it again")
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
@@ -1032,8 +1044,8 @@ def check_layers(layers):
 
 
 def expect_rows(x, rows):
-    """Raise ValueError unless x (B, T, D) has a row for each task of the list in force."""
-    expect(x.dim() == 3 and len(x) == rows,
+    """Raise ValueError unless x (B, .., D) has a row for each task of the list in force."""
+    expect(x.dim() >= 3 and len(x) == rows,
            f"a list of {rows} tasks is in force, and a layer got {tuple(x.shape)}: expected as "
            "many rows. generate() repeats each example for beams and for several answers: repeat "
            "its name as often. A layer that gets tokens without their batch takes one task only")
@@ -1065,7 +1077,7 @@ def same_on_all_ranks(value):
 def unpadded(input_ids, attention_mask):
     """The prompts (B, T) as a list of their ids (T,), without padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    expect(input_ids.dim() == 2 and mask.shape == input_ids.shape, "expected ids and mask (B, T)")
+    expect(input_ids.dim() == 2 and mask.shape == input_ids.shape, "expected ids and masks (B, T)")
     prompts = [ids[own] for ids, own in zip(input_ids.cpu(), mask.cpu().bool())]
     expect(all(len(ids) for ids in prompts), "a prompt is nothing but padding")
     return prompts

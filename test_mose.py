@@ -685,7 +685,7 @@ def test_a_file_fits_its_base_in_any_precision_and_only_whole(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         assert reloaded(learn(attach(dtype=dtype), "a"), path).tasks == {"a": [1]}
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
-    refuses("another base: 1 differ: model.layers.0.mlp.up_proj", MoSE.load, other, path)
+    refuses("1 differ: model.layers.0.mlp.up_proj", MoSE.load, other, path)
     refuses("no linear layer has the name.*there are", MoSE.load, tiny("fused"), path)
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):

@@ -58,11 +58,13 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     """The loop: learn all tasks with one method, and test those seen so far after each of them."""
     method = record.method
     adapter = record.adapter(model)  # a new one, or that of an interrupted run
-    for t, task in record.left(lessons(method, tasks, args)):
+    for t, task in record.remaining(lessons(method, tasks, args)):
         bar.set_description(f"{method} {task.name}")
         torch.manual_seed(1000 * int(args.seeds) + t)
 
-        # A finished task that can already answer much of this one is a good start for it.
+        # A finished task that answers much of this one already is a good start for it (source). The
+        # new task then needs only a part of the usual number of new entries (need). best_source
+        # sets each finished task in turn and calls the probe.
         source, need = adapter.best_source(
             lambda: probe(model, tokenizer, task, args), task.wrong_by_guessing())
         adapter.begin_task(task.name, source, need)
@@ -74,7 +76,8 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         parameters = adapter.trainable_parameters()
         train(model, tokenizer, parameters, task, args, rate(method, args, model), bar)
         report = adapter.end_task()
-        # It is saved and read back: what is tested, and what goes on, is always what is on the disk.
+        # The adapter is saved, detached, and attached again from its file. So what is tested, and
+        # what goes on, is always what is on the disk.
         adapter = record.save(adapter, task, source, parameters, report)
 
         row = record.add({seen.name: evaluate(model, tokenizer, adapter, seen, args)
@@ -86,7 +89,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
 def train(model, tokenizer, parameters, task, args, lr, bar):
     """Train on one task. Raises ValueError when the loss is not finite.
 
-    Each task has an optimizer of its own: old momentum would move what a new task starts from. With
+    Each task has a new optimizer: momentum from the last task would change the new one. With
     several processes, every process takes its share of each batch.
     """
     rng = random.Random(f"{args.seeds} {task.name}")
@@ -94,7 +97,7 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: share_of_rate(step, len(plan), args.schedule))
-    for p in parameters:  # zeros for a process that has no part in a small batch
+    for p in parameters:  # so each process has gradients to add up, even without a share of a batch
         p.grad = torch.zeros_like(p)
     model.train()
     for step, batch in enumerate(plan):
@@ -110,7 +113,8 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         processes.total(loss, *(p.grad for p in parameters))
         if not loss.isfinite():
             raise ValueError(f"{task.name}: the loss is {loss} at step {step}: start again with a "
-                             "lower --lr and another --name; adapters of earlier tasks are safe")
+                             "lower rate (--lr of MoSEs, --lora_lr of the others) and another "
+                             "--name. Adapters of earlier tasks are safe")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         schedule.step()
@@ -133,8 +137,8 @@ def share_of_rate(step, steps, schedule):
 
 @torch.no_grad()
 def probe(model, tokenizer, task, args):
-    """The share of a task's probe examples that what is in force gets wrong, token for token. The
-    loss would not do: most of it goes as soon as the form of an answer is known."""
+    """The share of a task's probe examples that the adapter, as it is set, does not answer exactly.
+    The loss would be a poor guide: most of it is gone once the format of an answer is learned."""
     examples, wrong = task.probe_examples(), torch.zeros((), device=model.device)
     groups = passes(examples, TOKENS_WITHOUT_GRADIENTS * args.tokens)
     for rows in processes.share(groups, idle=IDLE):
@@ -206,14 +210,14 @@ def session(todo, runs, args):
     for folder in runs:
         note_data(folder, tasks)
     for method in {method for _, _, method in todo} - {"floor", "base"}:
-        attach(model, method, args).detach()  # so a wrong option is said before anything is trained
-    zero_shot = None  # forward transfer alone needs it, and that only where all is tested
+        attach(model, method, args).detach()  # a wrong option fails here, before any training
+    zero_shot = None  # scores before any training: forward transfer, only with --test all
     if args.test == "all":
         zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
     records = [Record(folder, method, tasks, own) for folder, own, method in todo]
     steps = sum(math.ceil(len(task.train) / args.batch) * task.epochs for record in records
-                for _, task in record.left(lessons(record.method, tasks, record.args)))
-    # One bar for all that is left; without smoothing, its estimate knows the pauses for tests.
+                for _, task in record.remaining(lessons(record.method, tasks, record.args)))
+    # One bar for everything. With smoothing=0, its estimate includes the time for tests.
     bar = tqdm(total=steps, unit="step", ncols=100, smoothing=0, disable=processes.RANK > 0)
     for record in records:
         if model.device.type == "cuda":

@@ -6,7 +6,6 @@ Processes on the CPU (gloo) stand for GPUs. Each group of them runs a function o
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from mose import MoSE, MoSEConfig
+from mose import MoSE
 from tracebench import options, processes
 
 TINY = ROOT / "assets/tiny-llm"

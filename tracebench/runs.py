@@ -149,7 +149,7 @@ class Record:
         """The number of lessons that are learned and tested."""
         return len(self.result["R"])
 
-    def left(self, lessons):
+    def remaining(self, lessons):
         """(number, Task) of the lessons that are not done yet."""
         for t, task in [*enumerate(lessons)][self.done():]:
             self.clock = time.time()
