@@ -160,9 +160,10 @@ def test_a_layer_that_gets_tokens_without_their_batch_has_one_task_and_never_a_l
 
 
 def test_an_expert_that_gets_no_token_changes_nothing():
-    mose, ids = MoSE(ManyExperts(), MoSEConfig(targets=("even", "odd"))), data("a") // 2 * 2
+    mose, ids = MoSE(ManyExperts(), MoSEConfig(targets=("even", "odd"), density=0.1)), data("a") // 2 * 2
     for name in "ab":
         mose.begin_task(name)
+        mose.observe(ids)
         optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03)
         mose.model(ids).loss.backward()  # "odd" gets (0, D)
         optimizer.step()
@@ -204,7 +205,7 @@ def test_a_list_needs_a_name_for_each_row_and_no_number_is_guessed(names):
 
 def test_beams_of_an_encoder_and_a_decoder_take_a_list_on_the_decoder_alone():
     ids, beams = data("c", 2), {"num_beams": 2}
-    mose = learn(MoSE(seq2seq("t5"), MoSEConfig(targets=("q", "v"), density=0.03)), *"ab")
+    mose = learn(MoSE(seq2seq("t5"), MoSEConfig(targets=("q", "v"), density=0.1)), *"ab", steps=9)
     alone, bare = ([generated(mose, task, ids[i:i + 1], **beams)[0] for i in range(2)]
                    for task in ("a", None))
     together = generated(mose, "a", ids, **beams)[0].chunk(2)

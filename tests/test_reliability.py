@@ -273,8 +273,8 @@ def edited(path, edit):
 
 def of(numbers):
     """Numbers as the file holds those of its entries."""
-    numbers = torch.tensor(numbers)
-    return module.compressed(numbers if numbers.is_floating_point() else numbers.int())
+    dtype = torch.int32 if isinstance(numbers[0], int) else torch.float32
+    return module.compressed(torch.tensor(numbers, dtype=dtype))
 
 
 def entry(**changes):
@@ -306,7 +306,7 @@ EDITS = {
     "entries of a later number": lambda c: c["entries"].update({9: c["entries"].pop(1)}),
     "entries of number 0": lambda c: c["entries"].update({0: c["entries"].pop(1)}),
     "another count": entry(count=1),
-    "no count": entry(count=0, gaps=of([0])[:0], values=of([0.0])[:0]),
+    "no count": entry(count=0, gaps=lzma.compress(b""), values=lzma.compress(b"")),
     "no places": entry(gaps=b""),
     "empty places": entry(gaps=lzma.compress(b"")),
     "half a place": entry(gaps=lzma.compress(b"123")),
