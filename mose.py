@@ -138,6 +138,7 @@ def top_k_gates(logits, k):
 # ------------------------------------------------------------------------------ the experts
 
 SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD
+FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's default dtype and device are
 
 
 class SubExperts(nn.Module):
@@ -213,11 +214,9 @@ class SubExperts(nn.Module):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
-        # On the CPU in fp32, whatever the defaults are: the same numbers everywhere.
-        draw = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate.
-        drawn = torch.rand(self.score.shape, **draw)
+        drawn = torch.rand(self.score.shape, generator=generator, **FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select. They start anew here:
         # otherwise this task would read them before it has learned anything.
@@ -226,9 +225,9 @@ class SubExperts(nn.Module):
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
             D, _ = self.shape_A
             A, _ = self.split(self.weight)
-            drawn = torch.rand(A.shape, **draw)
+            drawn = torch.rand(A.shape, generator=generator, **FP32)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
-            drawn = torch.randn(self.router.shape, **draw)
+            drawn = torch.randn(self.router.shape, generator=generator, **FP32)
             self.router.copy_(self.config.router_std * drawn)
         else:
             # New entries are 0, so the task starts exactly as its source. They can learn, since
@@ -740,7 +739,8 @@ class MoSE:
             for name in [*mose.tasks]:
                 if name not in wanted:
                     mose.forget(name)
-        except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError,
+                RuntimeError) as error:
             mose.detach()
             raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
         return mose
@@ -752,13 +752,14 @@ class MoSE:
                f"{len(far)} differ: {', '.join(far[:3])}")
         sizes = [len(layer.owner) for layer in self.layers]
         owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
-        frozen = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
+        frozen = torch.zeros(sum(sizes), **FP32)
         for number, (count, places, values) in entries.items():
             places = decompressed(places, torch.int32).cumsum(0) - 1  # from the gaps between them
             values = decompressed(values, torch.float32)
             expect(0 < number <= last_number, f"entries of the number {number}")
             expect(0 < count == len(places) == len(values), f"{len(values)} values for "
                    f"{len(places)} entries")
+            expect(values.isfinite().all(), "values that are not finite")
             expect(0 <= places.min() and places.max() < len(owner), "entries outside of the pools")
             owner[places] = number
             frozen[places] = values
@@ -768,6 +769,7 @@ class MoSE:
                    f"a task {name!r} with the lineage {lineage}")
             expect(routers[name].shape == shape, f"a router of another shape for {name!r}")
         self.keys.restore(*keys)
+        expect({*self.keys.tasks} <= {*tasks}, "a key of a task that is not there")
         self.last_number, self.tasks, self.packed = last_number, tasks, entries
         for i, layer in enumerate(self.layers):
             layer.owner.copy_(owner.split(sizes)[i])
@@ -867,7 +869,7 @@ class TaskKeys:
                       for token, share in common.items() if token in tokens}
         else:
             count = more
-            scatter += IMAGINARY * mean.square().mean() * torch.eye(len(mean), device="cpu")
+            scatter += IMAGINARY * mean.square().mean() * torch.eye(len(mean), **FP32)
             spread = scatter.diagonal().mean().item()
         spread /= count + 1  # the one is the imaginary prompt
         common = {token: total / count for token, (held, total) in tokens.items()
@@ -886,7 +888,7 @@ class TaskKeys:
         dim, shared = len(self.scatter), self.shared_tokens()
         cov = self.scatter / self.count
         size = cov.diagonal().mean()  # the mean of all tasks' sqrt(spread)
-        cov = cov + BALL * dim / self.count * size * torch.eye(dim, device="cpu")
+        cov = cov + BALL * dim / self.count * size * torch.eye(dim, **FP32)
         root = torch.linalg.cholesky(cov / cov.diagonal().mean())  # its shape without its size
 
         own, empty = [], []  # of each prompt: the text that is not shared, and whether it has none
@@ -902,7 +904,7 @@ class TaskKeys:
             # The shared text gets exactly the share that it has in the task's own prompts. So it
             # cancels, and it dilutes a short prompt as much as a long one.
             shares = [common[token] for token in shared.tolist()]
-            shares = torch.tensor(shares, dtype=torch.float32, device="cpu")
+            shares = torch.tensor(shares, **FP32)
             x = self.embed(shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,) squared, for each dimension
@@ -941,7 +943,8 @@ class TaskKeys:
     def restore(self, tasks, triangle, count):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
         rows, columns = torch.tril_indices(*self.scatter.shape, device="cpu")
-        expect(triangle.shape == rows.shape, "its keys have another size")
+        fits = all(len(mean) == len(self.scatter) for _, mean, _, _ in tasks.values())
+        expect(fits and triangle.shape == rows.shape, "its keys have another size")
         root = torch.zeros_like(self.scatter)
         root[rows, columns] = triangle.double()
         self.tasks, self.scatter, self.count = tasks, root @ root.T, count
@@ -1062,7 +1065,7 @@ def decompressed(data, dtype):
     data = lzma.decompress(data)
     expect(len(data) % 4 == 0, f"{len(data)} bytes, expected 4 for each number")
     planes = torch.tensor([*data], dtype=torch.uint8, device="cpu").view(4, -1)
-    return planes.T.contiguous().view(dtype).flatten()
+    return planes.T.flatten().view(dtype)
 
 
 def same_on_all_ranks(value):

@@ -38,6 +38,7 @@ PAIRED = range(10)  # of the comparison of routers
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
 # {rank: rates}: the two best of 5e-3, 1e-2, 2e-2 and 3e-2 in earlier runs (seed 0), searched again.
 LORA_RATES = {1: ("1e-2", "2e-2"), 2: ("1e-2", "2e-2"), 4: ("5e-3", "1e-2"), 8: ("5e-3", "1e-2")}
+FIRST = ("mose 0.003", "mose 0.01", "mose 0.03", "one expert", "task_lora", "own alone")
 # What is changed in the code of a run, by its name. The rest of a run are its options.
 CHANGES = {
     "": "",
@@ -249,7 +250,9 @@ def main():
             # all this is a whole as well.
             every |= final_loras(folder)
             for seed in PAIRED:
-                run({name: job for name, job in every.items() if name.endswith(f" {seed}")})
+                own = [name for name in every if name.endswith(f" {seed}")]
+                own.sort(key=lambda name: not name.startswith(FIRST))
+                run({name: every[name] for name in own})
         return
     results = collected(folder)
     (ROOT / "results/frontier.json").write_text(json.dumps(results) + "\n")

@@ -22,6 +22,8 @@ from mose import MoSE
 from tracebench import options, processes
 
 TINY = ROOT / "assets/tiny-llm"
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("CI"), reason="it takes minutes to start so many processes: set CI=1")
 
 
 def launch(count, *command, folder, fails=False, seconds=240):
