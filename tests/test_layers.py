@@ -288,6 +288,24 @@ def test_a_hook_that_somebody_removed_is_seen_when_a_task_is_set(task, guard, mo
     assert torch.equal(mose.model(data("a")).logits, tiny()(data("a")).logits)
 
 
+@pytest.mark.parametrize("collected", [False, True], ids=["old layer kept", "old layer gone"])
+def test_a_layer_that_somebody_replaced_is_seen_when_a_task_is_set(collected):
+    """`resize_token_embeddings` does so with `lm_head`, and the new layer has no hook."""
+    mose = learn(MoSE(tiny(), MoSEConfig(targets=("q_proj", "lm_head"))), "a")
+    kept = mose.model.lm_head
+    mose.model.lm_head = torch.nn.Linear(32, 64)
+    if collected:
+        del kept
+        gc.collect()
+    for task in ("a", None, ["a"]):
+        refuses("the hook of a target is gone", mose.set_task, task)
+    refuses("the hook of a target is gone", mose.begin_task, "b")
+    if not collected:
+        mose.model.lm_head = kept
+        mose.set_task("a")  # control: what it hangs on is there again
+    mose.detach()
+
+
 @pytest.mark.parametrize("how", ["in another package", "reloaded in a notebook"])
 def test_a_second_copy_of_the_file_is_refused_on_the_same_model(how, monkeypatch, tmp_path):
     shutil.copy(module.__file__, tmp_path / "another_mose.py")
