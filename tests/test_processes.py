@@ -14,6 +14,8 @@ from mose import MoSE
 from tracebench.baselines import LoRA
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("CI"), reason="it takes long to start several processes: set CI=1")
 
 SHORT = ["--tasks", "FOMC,NumGLUE-cm", "--max_train", "40", "--max_test", "9", "--epochs", "2",
          "--methods", "lora,mose", "--lr", "1e-3", "--batch", "16", "--tokens", "120",
