@@ -227,7 +227,7 @@ def draw(results, file):
             axis.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="bytes a task, all that is saved",
              ylabel="OP: mean score of eight tasks",
-             title="tiny-llm on trace-mini (synthetic)")
+             title="tiny-llm on trace-mini (synthetic). Bars: deviation over seeds, no bar: one seed")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     figure.savefig(file, dpi=100)

@@ -109,6 +109,12 @@ def test_the_head_of_the_script_asks_for_what_the_requirements_do():
     assert head["requires-python"][2:] in lines[0]
 
 
+def test_the_speed_table_is_that_of_the_json():
+    rows = json.loads((ROOT / "results/speed-cpu.json").read_text())["table"]
+    page = (ROOT / "results/speed-cpu.md").read_text(encoding="utf-8")
+    assert all(f"| {' | '.join(row)} |" in page for row in rows) and len(rows) > 5
+
+
 def test_numbers_with_a_deviation_stand_in_a_file_of_results():
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "results").glob("*.md"))
     text = re.sub(r"(?m)^\|.*$", "", README)  # the tables have tests of their own
