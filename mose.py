@@ -501,8 +501,8 @@ class MoSE:
 
         A list has a finished task, or None, for each row of the batch. `generate` repeats each
         example for beams and for several answers: repeat its name as often. Keep the task until
-        after backward(), since gradient checkpointing runs the forward pass once more. Only the open
-        task learns: under a finished one, backward() says that no tensor requires a gradient.
+        after backward(), since gradient checkpointing runs the forward pass once more. Only the
+        open task learns: under a finished one, backward() says that no tensor requires a gradient.
         Raises ValueError for a task that is not known.
         """
         if isinstance(task, str):
