@@ -645,16 +645,15 @@ class MoSE:
 
     # ---- what it costs, and how it is kept
 
-    def _pack(self, number):
+    def _pack(self, number, count):
         """The entries with this number, of all layers: (how many, places, values).
 
         Places and values are compressed bytes. The places are kept as the gaps between them.
         """
-        masks = [layer.owner == number for layer in self.layers]
         # Entries of a task only ever become fewer. So the same count means the same entries, which
         # need not be compressed again.
-        count = sum(int(mask.sum()) for mask in masks)
         if number not in self.packed or self.packed[number][0] != count:
+            masks = [layer.owner == number for layer in self.layers]
             values = [layer.frozen[mask] for layer, mask in zip(self.layers, masks)]
             places = torch.cat([mask.cpu() for mask in masks]).nonzero()[:, 0]
             gaps = torch.diff(places, prepend=places.new_tensor([-1])).int()
@@ -662,11 +661,12 @@ class MoSE:
             self.packed[number] = count, *data
         return self.packed[number]
 
-    def _numbers(self):
-        """The numbers that own entries, in order. A forgotten task's entries of A keep its number
-        as long as others read them."""
-        owners = [layer.owner.unique() for layer in self.layers]
-        return [n for n in torch.cat(owners).unique().tolist() if n > 0]
+    def _counts(self):
+        """{number: how many entries it owns}, in order. A forgotten task's entries of A keep its
+        number as long as others read them."""
+        size = self.last_number + 1
+        counts = sum(layer.owner.bincount(minlength=size).cpu() for layer in self.layers)
+        return {n: count for n, count in enumerate(counts.tolist()) if n > 0 and count > 0}
 
     def capacity(self):
         """{task: {"new": entries, "share": of the pool in use after it, "bytes": {kind: bytes}}}.
@@ -677,10 +677,10 @@ class MoSE:
         report = {}
         total = sum(len(layer.owner) for layer in self.layers)
         routers = 4 * sum(layer.router.numel() for layer in self.layers)
-        keys = self.keys.key_bytes()
+        keys, counts = self.keys.key_bytes(), self._counts()
         used, before = 0, 0
         for name, (number, *_) in self.tasks.items():
-            own = [self._pack(n) for n in self._numbers() if before < n <= number]
+            own = [self._pack(n, count) for n, count in counts.items() if before < n <= number]
             before = number
             new = sum(count for count, _, _ in own)
             used += new
@@ -693,7 +693,7 @@ class MoSE:
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all."""
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
-        entries = {number: self._pack(number) for number in self._numbers()}
+        entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
                    for name in self.tasks}  # {name: (layers, E, P)}
         buffer = io.BytesIO()
@@ -824,9 +824,13 @@ class TaskKeys:
         weights = 1 + times.float().log()
         return tokens, weights / weights.sum()
 
-    def embed(self, tokens, shares):
+    def table(self):
+        """The token embeddings (V, width). Made once for each call: a quantised or sharded table is
+        brought together for it."""
+        return plain(self.embedding.weight, self.embedding)
+
+    def embed(self, table, tokens, shares):
         """The weighted sum of token embeddings under the projection, (key_dim,)."""
-        table = plain(self.embedding.weight, self.embedding)
         vectors = table[tokens.to(table.device)].float().cpu()
         return (shares @ vectors @ self.projection).double()  # for differences of large sums
 
@@ -841,9 +845,10 @@ class TaskKeys:
 
     def add(self, sums, prompts):
         """Add prompts to the sums of a task. They count once they are merged."""
+        table = self.table()
         for ids in prompts:
             tokens, shares = self.tokens_and_shares(ids)
-            x = self.embed(tokens, shares)
+            x = self.embed(table, tokens, shares)
             sums["count"] += 1
             sums["x"] += x
             sums["square"] += torch.outer(x, x)
@@ -884,7 +889,7 @@ class TaskKeys:
 
     def infer(self, prompts):
         """([name], [confidence]) of prompts [(T,), ..]."""
-        dim, shared = len(self.scatter), self.shared_tokens()
+        dim, shared, table = len(self.scatter), self.shared_tokens(), self.table()
         cov = self.scatter / self.count
         size = cov.diagonal().mean()  # the mean of all tasks' sqrt(spread)
         cov = cov + BALL * dim / self.count * size * torch.eye(dim, **FP32)
@@ -894,7 +899,7 @@ class TaskKeys:
         for ids in prompts:
             tokens, shares = self.tokens_and_shares(ids)
             keep = ~torch.isin(tokens, shared)
-            own.append(self.embed(tokens[keep], shares[keep] / shares[keep].sum()))
+            own.append(self.embed(table, tokens[keep], shares[keep] / shares[keep].sum()))
             empty.append(not keep.any())
         own = torch.stack(own)  # (B, key_dim)
 
@@ -904,7 +909,7 @@ class TaskKeys:
             # cancels, and it dilutes a short prompt as much as a long one.
             shares = [common[token] for token in shared.tolist()]
             shares = torch.tensor(shares, **FP32)
-            x = self.embed(shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
+            x = self.embed(table, shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,) squared, for each dimension
             # The width is half-way between one spread for all tasks and a spread for each.

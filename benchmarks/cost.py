@@ -27,8 +27,8 @@ POOL = 4 + 4 + 4 + 4  # bytes of an entry: weight, score, frozen value, owner
 ADAM = 4 * 4  # two states of a weight and two of a score
 GRADIENTS = 4 + 4 + 1  # and the bool mask of inherited entries
 KEPT = 12  # what a pass keeps for backward: masked values, used entries, the matrices of a layer
-# A mask is stored as compressed gaps between its entries. For a share of 3 % at random places these
-# take about one byte for each entry.
+# A mask is stored as compressed gaps between its entries. For a share of 1 to 3 % at random places
+# these take about one byte for each entry.
 MASK = 1.0
 
 
@@ -119,7 +119,7 @@ def main():
         f"{POOL} bytes an entry. Adam's states are", f"{ADAM} bytes an entry, the gradients and one "
         f"mask {GRADIENTS}, and what a pass keeps for backward about {KEPT}. Learning takes all four, "
         "and", "using what was learned takes the pool. A task is the first one: its values, mask, routers and key, as they are saved. "
-        "Later tasks take 3 % of what is", "still free, so they take less. The last column is the "
+        f"Later tasks take {CONFIG.density:.0%} of what is", "still free, so they take less. The last column is the "
         "rank of a LoRA on the same layers, in fp32, with the bytes of a task.", "",
         "| base, in bf16 | experts on | entries | pool | Adam's states | gradients and pass | a task | LoRA of "
         "equal bytes |", "|---|---|---|---|---|---|---|---|"]
@@ -148,7 +148,7 @@ def main():
                 sizes.append(smaller["pool"] + smaller["gradients"] + smaller["adam"])
             text.append(f"| {name} | {layers} | " + " | ".join(map(gb, sizes)) + " |")
     text += [
-        "", "At rank 8 and density 0.06 a task has as many entries as at rank 16 and 0.03. What each "
+        "", f"At half the rank and density {2 * CONFIG.density} a task has as many entries as above. What each "
         "choice costs in score is not measured.",
         "", "## The check", "",
         "On a random base of 4 layers with 512 hidden numbers, experts on all linear layers, after "

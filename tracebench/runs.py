@@ -66,7 +66,7 @@ def claim(folder, options, go_on=False, force=False):
 @contextlib.contextmanager
 def claimed(args):
     """{folder: Args} of the runs that were asked for, one for each seed. They stay locked."""
-    seeds, runs, locks = listed(args.seeds), {}, []
+    seeds, runs = listed(args.seeds), {}
     for seed in seeds:
         name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
         runs[Path(args.resume or f"runs/{name}")] = dataclasses.replace(
