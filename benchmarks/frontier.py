@@ -42,11 +42,12 @@ FIRST = ("mose 0.003", "mose 0.01", "mose 0.03", "one expert", "task_lora", "own
 # What is changed in the code of a run, by its name. The rest of a run are its options.
 CHANGES = {
     "": "",
-    # As many free entries of A as there are used ones, learned and kept: wider, and not for free.
+    # A is as wide as in the method, but of free entries, learned and kept: width that is not free.
     "free A": """
 def begin(layer, lineage, source, need, generator, begin=SubExperts.begin):
     begin(layer, lineage, source, need, generator)
-    layer.num_new[0] += int((layer.owner[:layer.size_A] > 0).sum())
+    used_by_the_method = 1 - (1 - layer.config.density) ** lineage[0]  # with this task's own
+    layer.num_new[0] = int(used_by_the_method * layer.size_A)
 SubExperts.begin = begin
 SubExperts.reads = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
 """,

@@ -307,13 +307,13 @@ def test_a_lost_adapter_is_said(run, tmp_path):
         subject.write_page(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("hidden, layers, kv, targets", [
-    (576, 30, 3, "q_proj,v_proj"), (2048, 2, 8, "q_proj,k_proj,v_proj,o_proj")])
-def test_small_for_a_big_base_and_long_texts(visit, tmp_path, hidden, layers, kv, targets):
+@pytest.mark.parametrize("hidden, inner, layers, kv, targets", [
+    (576, 64, 30, 3, "q_proj,v_proj"), (64, 16384, 2, 1, "up_proj,down_proj")])
+def test_small_for_a_big_base_and_long_texts(visit, tmp_path, hidden, inner, layers, kv, targets):
     """Shapes of SmolLM2-135M, and a layer so wide that even one picture is too big; 9 methods."""
     config = transformers.LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=kv, intermediate_size=64, vocab_size=2048,
+        num_key_value_heads=kv, intermediate_size=inner, vocab_size=2048,
         bos_token_id=1, eos_token_id=2, pad_token_id=0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     for file in (ROOT / "assets/tiny-llm").glob("tokenizer*"):
