@@ -1,10 +1,14 @@
 """A pretrained base: SmolLM2-135M-Instruct (dequantised from Q4_1, see assets/get_smollm2.py).
 
-    python -m benchmarks.smollm2 long                # six methods on trace-mini, three seeds
+    python -m benchmarks.smollm2 search              # the rate of a LoRA of rank 1
+    python -m benchmarks.smollm2 long                # all methods on trace-mini, three seeds
     python -m benchmarks.smollm2 whole --data PATH   # TRACE-0.5K: all eight tasks, one epoch
     python -m benchmarks.smollm2 memory --data PATH  # its longest answers and prompts: peak memory
     python -m benchmarks.smollm2 gpu --data PATH     # one GPU: all eight tasks, 1 to 3 epochs
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
+
+`search` looks for the rate of a LoRA of rank 1. Its rule, written before it ran: C-STANCE and
+NumGLUE-ds, 100 steps each, `eval`, seed 0, the rates 3e-3 and 1e-2; the larger mean wins.
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. Called again, a list goes on where it was stopped. `report`
@@ -35,18 +39,30 @@ from tracebench.methods import METHODS
 from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ("long", "whole", "memory", "gpu")
-LONG = ("lora", "replay", "joint", "task_lora", "mose")
-DENSITY = "0.003"  # of MoSEs here: far fewer numbers a task than the smallest LoRA has
+RUNS = ("search", "long", "whole", "memory", "gpu")
+RATES = ("3e-3", "1e-2")  # of the search
+# {name of a run: its options}, of trace-mini with 100 steps a task.
+LONG = {
+    "mose": ["--methods", "mose"],
+    "task_lora r1": ["--methods", "task_lora", "--lora_rank", "1"],  # about the bytes of MoSEs
+    "mose .003": ["--methods", "mose", "--density", "0.003"],  # far below the smallest LoRA
+    "mose_fixed": ["--methods", "mose_fixed"],
+    **{method: ["--methods", method] for method in ("lora", "replay", "joint", "task_lora")},
+}
 
 
 def jobs(what, data):
     """{name of the run: its options}, in the order of running."""
-    own = ["--test", "ends", "--lora_lr", "3e-3", "--density", DENSITY]
+    own = ["--test", "ends", "--lora_lr", "3e-3"]
+    if what == "search":
+        own += ["--split", "eval", "--tasks", "C-STANCE,NumGLUE-ds", *LONG["task_lora r1"]]
+        return {f"search task_lora r1 {rate} 0": [*own, "--lora_lr", rate] for rate in RATES}
     if what == "long":
-        every = [("0", "floor,base"), *((seed, method) for seed in "012" for method in LONG)]
-        return {f"long {method} {seed}": [*own, "--methods", method, "--seeds", seed]
-                for seed, method in every}
+        todo = {"long floor,base 0": [*own, "--methods", "floor,base"]}
+        for seed in "012":
+            for name, options in LONG.items():
+                todo[f"long {name} {seed}"] = [*own, "--seeds", seed, *options]
+        return todo
     own += ["--data", str(data)]
     if what == "gpu":
         own += ["--preset", "gpu", "--epochs", "short", "--tokens", "20000"]
@@ -94,12 +110,15 @@ def collected():
 
 
 def of(results, start):
-    """{method: [its results]} of the runs whose names start so."""
+    """{name without its seed: [its results]} of the runs whose names start so."""
     found = {}
     for name, result in results["runs"].items():
         if name.startswith(start):
-            found.setdefault(result["method"], []).append(result)
-    return {method: found[method] for method in METHODS if method in found}
+            run, method = name.removeprefix(start).split(": ")
+            group, _ = run.rsplit(" ", 1)
+            found.setdefault(method if "," in group else group, []).append(result)
+    order = [*METHODS]
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[1][0]["method"]), item[0])))
 
 
 def rate_of(run):
