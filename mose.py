@@ -128,10 +128,10 @@ class StraightThrough(torch.autograd.Function):
 def top_k_gates(logits, k):
     """The gates (B, T, E) of equation (1) from the router's logits (B, T, E): all but K are 0."""
     gates = torch.softmax(logits, dim=-1)  # (B, T, E)
-    best = gates.topk(k, dim=-1)  # (B, T, K)
+    smallest = gates.topk(gates.shape[-1] - k, dim=-1, largest=False).indices  # (B, T, E - K)
     # CHOICE: the chosen gates keep their softmax value. If they were scaled to sum to 1, a single
     # one (K = 1) would always be 1, and the router would get no gradient.
-    return torch.zeros_like(gates).scatter(-1, best.indices, best.values)  # (B, T, E)
+    return gates.scatter(-1, smallest, 0.0)  # (B, T, E)
 
 
 # ------------------------------------------------------------------------------ the experts
@@ -299,15 +299,15 @@ class SubExperts(nn.Module):
 
     def delta(self, x, matrices):
         """What all experts add for the tokens x (B, T, D): (B, T, O)."""
-        A_and_to_gates, B = matrices
+        A_and_to_gates, scaled_B = matrices
         E, R = self.config.num_experts, self.config.rank
         # The experts are fp32 although the base may be bf16, and although autocast may be on.
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device):
             products = x.float() @ A_and_to_gates  # (B, T, E*R + E)
             hidden, logits = products.split([E * R, E], dim=-1)
-            gates = self.config.scale * top_k_gates(logits, self.config.top_k)  # (B, T, E)
+            gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
             hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
-            return hidden.flatten(-2) @ B  # (B, T, O)
+            return hidden.flatten(-2) @ scaled_B  # (B, T, O)
 
     def open_matrices(self):
         """The matrices of the open task. They change with each step of its optimizer."""
@@ -328,14 +328,14 @@ class SubExperts(nn.Module):
         return rows if rows is None else torch.tensor(rows, device=device), matrices
 
     def matrices(self, pool, router):
-        """A of all experts beside the weights of the gates (D, E*R + E), and B (E*R, O).
+        """A of all experts beside the weights of the gates (D, E*R + E), and scale * B (E*R, O).
 
         Side by side, A and the weights of the gates need one product with the tokens, not two.
         """
         A, B = self.split(pool)
-        with torch.autocast(pool.device.type, enabled=False):
+        with autocast_off(pool.device):
             to_gates = self.projection @ router.T  # (D, E)
-        return torch.cat([A, to_gates], dim=1), B
+        return torch.cat([A, to_gates], dim=1), self.config.scale * B
 
     def split(self, pool):
         """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
@@ -1058,6 +1058,14 @@ def check_layers(model, layers):
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
                "the experts are sharded: shard the base first and attach the experts then, or pass "
                "all parameters of mose.layers as ignored_params (docs/works-with.md)")
+
+
+def autocast_off(device):
+    """A context without autocast. Where it is off already, entering torch's own would take longer
+    than the products of a token."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def expect_rows(x, rows):

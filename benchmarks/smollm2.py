@@ -154,26 +154,11 @@ def table(results, start, title, about, tasks):
             commits = sorted({commit for r in runs for commit in r["commit"].split(", ")})
             yield (f"\n`{method}`: commit {', '.join(commits)}, rate {rate_of(runs[0])}; "
                    f"{cost(runs)}.")
-    mose = methods.get("mose", [])
-    if not mose:
-        yield "\nMoSEs were not measured here with this version."
-    for r in mose[:1]:
-        right = [share for r in mose for share in r["task_id_accuracy"]]
-        sources = sorted({f"{task} from {source}" for r in mose
-                          for task, source in zip(r["tasks"], r["source"]) if source})
-        yield (f"\nMoSEs, density {r['args']['density']}, infer the task of {mean(right):.2f} % of "
-               "the test prompts right, own "
-               f"{mean([mean(r['new']) for r in mose]):,.0f} numbers a task, and have "
-               f"{mean([r['bytes'][-1] for r in mose]) / len(tasks):,.0f} bytes a task (the first "
-               f"{mean([r['bytes'][0] for r in mose]):,.0f}, the last "
-               f"{mean([r['bytes'][-1] - r['bytes'][-2] for r in mose]):,.0f}). Tasks that start "
-               f"from another: {', '.join(sources) or 'none'}.")
-        lora = methods["task_lora"]
-        gaps = [a["op"] - b["op"] for a, b in zip(mose, lora)]
-        if len(gaps) > 1:
-            error = statistics.stdev(gaps) / len(gaps) ** 0.5
-            yield (f"Paired over {len(gaps)} seeds, `mose` - `task_lora`: {mean(gaps):+.1f}, "
-                   f"standard error {error:.1f}.")
+    if "mose" not in methods:
+        yield "\nMoSEs at the default density were not measured here with this version."
+    for name, runs in methods.items():
+        if runs[0]["method"] == "mose":
+            yield from about_moses(name, runs, methods)
     yield "\nAbove `floor` right after learning (less than ten points says nothing):\n"
     yield "| method | " + " | ".join(tasks) + " |"
     yield "|---" * (1 + len(tasks)) + "|"
@@ -184,6 +169,30 @@ def table(results, start, title, about, tasks):
                    for column in zip(*r["R"])] for r in runs]
         yield f"| `{method}` | " + " | ".join(
             f"{mean(column) - low:+.1f}" for column, low in zip(zip(*scores), floor)) + " |"
+
+
+def about_moses(name, runs, methods):
+    """Lines: what runs of MoSEs own and store, and how far they are from the LoRAs."""
+    tasks = runs[0]["tasks"]
+    right = mean([share for r in runs for share in r["task_id_accuracy"]])
+    new = mean([mean(r["new"]) for r in runs])
+    total, first, last = (mean(sizes) for sizes in zip(*(
+        (r["bytes"][-1], r["bytes"][0], r["bytes"][-1] - r["bytes"][-2]) for r in runs)))
+    sources = sorted({f"{task} from {source}" for r in runs
+                      for task, source in zip(tasks, r["source"]) if source})
+    yield (f"\n`{name}`, density {runs[0]['args']['density']}: the task of {right:.2f} % of the test "
+           f"prompts is inferred right. A task owns {new:,.0f} numbers and has "
+           f"{total / len(tasks):,.0f} bytes (the first {first:,.0f}, the last {last:,.0f}). Tasks "
+           f"that start from another: {', '.join(sources) or 'none'}.")
+    for other in ("task_lora", "task_lora r1"):
+        gaps = [a["op"] - b["op"] for a in runs for b in methods.get(other, [])
+                if a["args"]["seeds"] == b["args"]["seeds"]]
+        if len(gaps) > 1:
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5
+            yield (f"Paired over {len(gaps)} seeds, `{name}` - `{other}`: {mean(gaps):+.1f}, "
+                   f"standard error {error:.1f}.")
+        elif gaps:
+            yield f"With the same seed, `{name}` - `{other}`: {gaps[0]:+.1f}."
 
 
 def speed(results):
