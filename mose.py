@@ -3,19 +3,22 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch.
 
 The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
-All weights of its experts form the pool of the layer. A task owns a small part of each pool: its
+All weights of its experts form the pool of the layer. A task owns a few entries of each pool: its
 mask selects the free entries with the best scores, and the scores are learned with the weights. A
 task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
-    A, B = mask * where(used, frozen, weight)                                         (3)
+    A, B = reads * where(used, frozen, weight)                                        (3)
 
-`used` marks the entries that belong to a finished task. Their values are in the buffer `frozen`,
-which no optimizer holds, and a finished task's router is stored. So nothing that a finished task
-reads can change: forgetting is ruled out by construction. A new task also reads every entry of A
-that is already used. These values cost it nothing. Or it starts from a finished task, its source:
-then it reads what its source reads.
+`used` marks the entries that a finished task owns. Their values are in the buffer `frozen`, which
+no optimizer holds, and the router of a finished task is stored. `reads` marks the entries that the
+task in force reads, and all others count as 0. A task reads the entries that it owns. It also reads
+all entries of A that earlier tasks own: these values are there already and cost nothing. Or it
+starts from a finished task, its source. Then it reads its own entries and what its source reads.
+
+Since only free entries can be selected, nothing that a finished task reads can change: forgetting
+is ruled out by construction.
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
@@ -33,7 +36,7 @@ a router reads of a token, N = E * R * (D + O) entries of a pool. (Outside of sh
 the two matrices of the experts.)
 
 CHOICE marks what we chose because we did not have the paper's method section.
-DIFFERS marks what is different in Winning SubNetworks (ICML 2022), on which the method builds.
+DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds.
 """
 
 import contextlib
@@ -70,7 +73,7 @@ class MoSEConfig:
     density: float = 0.01  # in (0, 1], the share of the free entries that a new task owns
     scale: float = 8.0  # > 0, factor of the experts' sum
     router_dim: int = 16  # P >= 1
-    router_std: float = 1.0  # > 0, spread of a new router; at 1 its gates differ from the start
+    router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates differ from the start
     key_dim: int = 256  # >= 1, numbers of a task's key, at most as many as the embeddings have
 
     def __post_init__(self):
@@ -103,23 +106,24 @@ def top_k_mask(scores, k):
 
 
 class StraightThrough(torch.autograd.Function):
-    """Equation (3) on a pool: the values under the mask, and 0 elsewhere. All tensors are (N,).
+    """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All are (N,).
 
-    The backward pass ignores the mask (the straight-through estimator of Winning SubNetworks). So
-    free entries outside the mask learn too, and can win a place in it.
+    The backward pass ignores which entries are read. This is the straight-through estimator, by
+    which the scores of all free entries learn, as in Winning SubNetworks.
     """
 
     @staticmethod
-    def forward(ctx, weight, score, frozen, used, mask):
+    def forward(ctx, weight, score, frozen, used, reads):
         value = torch.where(used, frozen, weight)
         ctx.save_for_backward(value, used)
-        return torch.where(mask, value, 0.0)
+        return torch.where(reads, value, 0.0)
 
     @staticmethod
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
-        # DIFFERS: the weights outside the mask learn too, not only their scores. B starts at 0,
-        # where the gradient of a score is 0. With scores alone, no entry of B could win a place.
+        # DIFFERS: here the weights outside the mask learn too, and there only their scores do. B
+        # starts at 0, where the gradient of a score is 0. So if the weights did not move, an entry
+        # of B that is outside the mask could never get into it.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
@@ -141,36 +145,38 @@ FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's default dty
 
 
 class SubExperts(nn.Module):
-    """The experts on one linear layer, with the masks and routers of all tasks.
+    """The experts on one linear layer, and what each task has of them: its mask and its router.
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
     e*R .. (e+1)*R of A and the same rows of B.
 
-    The open task is the one that is being learned. Its Parameters:
-    weight, score (N,), router (E, P)
-    inherited (N,)  bool, the used entries that it reads
-    num_new         [in A, in B] number of the entries that it will own
+    The open task is the one that is being learned. It has:
+    weight, score   (N,), Parameters
+    router          (E, P), a Parameter
+    inherited       (N,), bool, the entries of finished tasks that it reads
+    num_new         [in A, in B], how many entries it will own
 
     The finished tasks:
-    frozen (N,)     values of the used entries: a buffer, so no optimizer can hold them
-    owner (N,)      number of the task that an entry belongs to; 0 if it is free
+    frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
+    owner           (N,), number of the task that an entry belongs to; 0 if it is free
     routers         {name: router (E, P)}, on the CPU
 
-    The tasks in force are those that the forward pass applies:
-    learning        True if that is the open task
-    in_force        otherwise [(rows, matrices)] of finished tasks; empty for the bare base
-    num_rows        how many rows a batch must have, if each row has a task of its own
+    The task in force is what the forward pass applies. Each row of a batch may have another one:
+    learning        whether the open task is in force; otherwise finished tasks are, or none
+    in_force        [(rows, matrices)] of the finished tasks in force: which rows of the batch have
+                    the task (None: all rows), and what `matrices` makes of its pool and its router
+    num_rows        how many rows a batch must have, if each row has a task of its own; or None
     """
 
-    def __init__(self, layer, config):
-        """`layer` maps D to O numbers: nn.Linear, a quantised one, or GPT-2's Conv1D."""
+    def __init__(self, linear, config):
+        """`linear` maps D to O numbers: nn.Linear, a quantised one, or GPT-2's Conv1D."""
         super().__init__()
         self.config = config
-        D, O = in_out(layer)
+        D, O = in_out(linear)
         self.shape_A = D, config.num_experts * config.rank
         self.shape_B = config.num_experts * config.rank, O
         self.size_A = math.prod(self.shape_A)
-        zeros = torch.zeros(self.size_A + math.prod(self.shape_B), device=device_of(layer),
+        zeros = torch.zeros(self.size_A + math.prod(self.shape_B), device=device_of(linear),
                             dtype=torch.float32)
         self.weight = nn.Parameter(zeros.clone())
         self.score = nn.Parameter(zeros.clone())
@@ -234,14 +240,15 @@ class SubExperts(nn.Module):
             self.router.copy_(self.routers[source])
 
     def reads(self, lineage):
-        """The used entries (N,) that a task reads, a bool mask.
+        """The used entries that a task with this lineage reads, a bool mask (N,).
 
-        A task reads the entries of all tasks in its lineage. The last of these is the root, which
-        started as the bare base. The task also reads all entries of A that were used at that time.
+        These are the entries of all tasks in the lineage. (An open task owns none yet.) The last
+        number of the lineage is its root, the task that started as the bare base. All entries of A
+        with a smaller number were used when the root began, and they are read too.
         """
         # CHOICE: a new task reads all used entries of A. Nothing has to be stored for that, and its
-        # experts become wider. It does not read the used entries of B, which would add the outputs
-        # of all earlier tasks to its own.
+        # A has more entries that are not 0. It does not read the used entries of B, which would add
+        # the outputs of all earlier tasks to its own.
         root = lineage[-1]
         mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
         owner_A = self.owner[:self.size_A]
@@ -256,7 +263,10 @@ class SubExperts(nn.Module):
         return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
 
     def can_learn(self):
-        """Whether the open task reads any entry of A and owns any of B, which starts at 0."""
+        """Whether the open task can change what the layer computes.
+
+        B starts at 0, so it needs entries of B of its own. Those of A may be of earlier tasks.
+        """
         new_A, new_B = self.num_new
         return new_B > 0 and (new_A > 0 or bool(self.inherited.any()))
 
@@ -283,64 +293,60 @@ class SubExperts(nn.Module):
 
     # ---- the life of a token
 
-    def add_delta(self, layer, args, out):
-        """Forward hook of the layer: equation (2). It adds the experts' output to `out`."""
+    def split(self, pool):
+        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
+        A, B = pool[:self.size_A], pool[self.size_A:]
+        return A.view(self.shape_A), B.view(self.shape_B)
+
+    def matrices(self, pool, router):
+        """What a token is multiplied with: first (D, E*R + E), then (E*R, O).
+
+        The first is A of all experts and, beside it, projection @ router.T: so one product with the
+        token gives both what A makes of it and the logits of the gates. The second is scale * B.
+        """
+        A, B = self.split(pool)
+        with autocast_off(pool.device):
+            to_logits = self.projection @ router.T  # (D, E)
+        return torch.cat([A, to_logits], dim=1), self.config.scale * B
+
+    def open_matrices(self):
+        """The matrices of the open task. They change with each step of its optimizer."""
+        with torch.no_grad():
+            reads = self.inherited | self.select()
+            used = self.owner > 0
+        pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, reads)
+        return self.matrices(pool, self.router)
+
+    def finished_matrices(self, name, lineage):
+        """The matrices of a finished task. They never change."""
+        pool = torch.where(self.reads(lineage), self.frozen, 0.0)
+        return self.matrices(pool, self.routers[name].to(pool.device))
+
+    def delta(self, x, matrices):
+        """What all experts add for the tokens x (B, T, D): (B, T, O)."""
+        A_and_to_logits, scaled_B = matrices
+        E, R = self.config.num_experts, self.config.rank
+        # The experts are fp32 although the base may be bf16, and although autocast may be on.
+        with autocast_off(x.device):
+            products = x.float() @ A_and_to_logits  # (B, T, E*R + E)
+            hidden, logits = products.split([E * R, E], dim=-1)
+            gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
+            hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
+            return hidden.flatten(-2) @ scaled_B  # (B, T, O)
+
+    def add_delta(self, linear, args, out):
+        """Forward hook of the linear layer: equation (2). It adds the experts' part to `out`."""
         x = args[0]  # (B, T, D)
         if self.learning:
             return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
         if self.num_rows is not None:
             expect_rows(x, self.num_rows)
         for rows, matrices in self.in_force:
-            if rows is None:  # one task for all examples
+            if rows is None:
                 out = out + self.delta(x, matrices).to(out.dtype)
             else:
                 out = out.index_add(0, rows, self.delta(x[rows], matrices).to(out.dtype))
         return out
-
-    def delta(self, x, matrices):
-        """What all experts add for the tokens x (B, T, D): (B, T, O)."""
-        A_and_to_gates, scaled_B = matrices
-        E, R = self.config.num_experts, self.config.rank
-        # The experts are fp32 although the base may be bf16, and although autocast may be on.
-        with autocast_off(x.device):
-            products = x.float() @ A_and_to_gates  # (B, T, E*R + E)
-            hidden, logits = products.split([E * R, E], dim=-1)
-            gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
-            hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
-            return hidden.flatten(-2) @ scaled_B  # (B, T, O)
-
-    def open_matrices(self):
-        """The matrices of the open task. They change with each step of its optimizer."""
-        with torch.no_grad():
-            mask = self.inherited | self.select()
-            used = self.owner > 0
-        pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, mask)
-        return self.matrices(pool, self.router)
-
-    def finished(self, name, lineage, rows):
-        """(rows, matrices) of a finished task, for `in_force`.
-
-        rows: where the task has its examples in the batch, or None for all of them.
-        """
-        device = self.frozen.device
-        pool = torch.where(self.reads(lineage), self.frozen, 0.0)
-        matrices = self.matrices(pool, self.routers[name].to(device))
-        return rows if rows is None else torch.tensor(rows, device=device), matrices
-
-    def matrices(self, pool, router):
-        """A of all experts beside the weights of the gates (D, E*R + E), and scale * B (E*R, O).
-
-        Side by side, A and the weights of the gates need one product with the tokens, not two.
-        """
-        A, B = self.split(pool)
-        with autocast_off(pool.device):
-            to_gates = self.projection @ router.T  # (D, E)
-        return torch.cat([A, to_gates], dim=1), self.config.scale * B
-
-    def split(self, pool):
-        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
-        A, B = pool[:self.size_A], pool[self.size_A:]
-        return A.view(self.shape_A), B.view(self.shape_B)
 
     # ---- casts and state_dict()
 
@@ -367,7 +373,7 @@ class SubExperts(nn.Module):
 
 # ------------------------------------------------------------------------------ the whole
 
-WELL_BELOW = 0.75  # a source must have less than this share of the error that is there without it
+WELL_BELOW = 0.75  # a source must leave less than this share of the error without a source
 
 
 class MoSE:
@@ -392,17 +398,17 @@ class MoSE:
         self.tasks = {}
         self.open = None
         self.active = None
-        self.last_number = 0  # of the tasks that were begun so far
+        self.last_number = 0  # that a task has got; the next one gets the number after it
         check_model(model)
         targets = find_targets(model, self.config.targets)
         self._remember_base(targets)
-        self.layers = [SubExperts(layer, self.config) for layer in targets]
+        self.layers = [SubExperts(linear, self.config) for linear in targets]
         self.keys = TaskKeys(model.get_input_embeddings(), self.config.key_dim)
         model.requires_grad_(False)
-        for layer, experts in zip(targets, self.layers):
-            layer.sub_experts = experts
+        for linear, layer in zip(targets, self.layers):
+            linear.sub_experts = layer
             # A bound method: a lambda would make a deepcopy use the experts of the original.
-            experts.handle = layer.register_forward_hook(experts.add_delta)
+            layer.handle = linear.register_forward_hook(layer.add_delta)
 
     # ---- the life of a task
 
@@ -425,8 +431,9 @@ class MoSE:
         without = min(errors.pop(None), guess)
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
-        # below the error of the base and of a constant answer. It then gets that share of the usual
-        # number of new entries. How the paper reuses experts is not known to us.
+        # below the error of the base and of a constant answer. The share of the error that is left
+        # is also the share of the usual number of new entries that the task needs. How the paper
+        # reuses experts is not known to us.
         if errors[source] < WELL_BELOW * without:
             return source, errors[source] / without
         return None, 1.0
@@ -472,7 +479,7 @@ class MoSE:
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
 
     def end_task(self):
-        """Freeze what the open task has learned, and return its entry of `capacity()`.
+        """Freeze what the open task has learned, and return what `capacity()` says of it.
 
         If it runs out of memory, the task stays open: call it again.
         """
@@ -524,8 +531,11 @@ class MoSE:
         # All matrices are made first: a failure must not leave layers with different tasks.
         in_force = []
         for layer in self.layers:
-            in_force.append([layer.finished(name, self.tasks[name], rows)
-                             for name, rows in rows_of.items()])
+            in_force.append([])
+            for name, rows in rows_of.items():
+                if rows is not None:
+                    rows = torch.tensor(rows, device=layer.frozen.device)
+                in_force[-1].append((rows, layer.finished_matrices(name, self.tasks[name])))
         for layer, tasks in zip(self.layers, in_force):
             layer.in_force = tasks
             layer.learning = learning
@@ -536,8 +546,8 @@ class MoSE:
     def task(self, task):
         """`with mose.task("FOMC"): ...` puts a task in force, and then what was in force before.
 
-        It holds for all threads, like `set_task`: an answer that another thread is generating
-        changes midway.
+        It holds for all threads, as `set_task` does. So if another thread is generating an answer,
+        that answer changes midway.
         """
         before = self.active
         self.set_task(task)
@@ -550,7 +560,7 @@ class MoSE:
 
     # CHOICE: the task is inferred from the token embeddings of the prompt alone, before any pass
     # through the model. A prompt is the mean of its tokens' embeddings, a task is a Gaussian with
-    # the mean of its prompts, and the prompt belongs to the task with the highest density there
+    # the mean of its prompts, and a prompt belongs to the task whose Gaussian is highest at it
     # (TaskKeys, below). How the paper infers the task is not known to us.
 
     def observe(self, input_ids, attention_mask=None, task=None):
@@ -581,7 +591,8 @@ class MoSE:
         return (names, confidence) if return_confidence else names
 
     # =========================================================================================
-    # Above this line: the method. Below: what it takes to live in other people's code.
+    # Above this line is the method. Below it is what it takes to live in other people's code, and
+    # TaskKeys, the statistics by which a prompt finds its task.
     # =========================================================================================
 
     def _remember_base(self, targets):
@@ -646,9 +657,8 @@ class MoSE:
     # ---- what it costs, and how it is kept
 
     def _pack(self, number, count):
-        """The entries with this number, of all layers: (how many, places, values).
-
-        Places and values are compressed bytes. The places are kept as the gaps between them.
+        """The `count` entries that the task of this number owns, in all layers: (count, places,
+        values). Places and values are compressed bytes; of the places, the gaps between them.
         """
         # Entries of a task only ever become fewer. So the same count means the same entries, which
         # need not be compressed again.
@@ -662,14 +672,15 @@ class MoSE:
         return self.packed[number]
 
     def _counts(self):
-        """{number: how many entries it owns}, in order. A forgotten task's entries of A keep its
-        number as long as others read them."""
+        """{number of a task: how many entries it owns}, in order. The entries of a forgotten task
+        keep its number as long as others read them."""
         size = self.last_number + 1
         counts = sum(layer.owner.bincount(minlength=size).cpu() for layer in self.layers)
         return {n: count for n, count in enumerate(counts.tolist()) if n > 0 and count > 0}
 
     def capacity(self):
-        """{task: {"new": entries, "share": of the pool in use after it, "bytes": {kind: bytes}}}.
+        """{task: {"new": how many entries it owns, "share": what share of the pool is in use after
+        it, "bytes": {kind: bytes}}}.
 
         The bytes are about those in the saved file. What all keys share counts with the first task,
         and what a forgotten task left to others counts with the next one.
@@ -746,9 +757,9 @@ class MoSE:
 
     def _restore(self, base, last_number, tasks, entries, routers, keys):
         """The inverse of `save`. ValueError says what is not as it was written for this base."""
-        far = differences(base, self.base, self.needed)
-        expect(not far, "it was made on a base of other layers, weights or positions: "
-               f"{len(far)} differ: {', '.join(far[:3])}")
+        other = differences(base, self.base, self.needed)
+        expect(not other, "it was made on a base of other layers, weights or positions: "
+               f"{len(other)} differ: {', '.join(other[:3])}")
         sizes = [len(layer.owner) for layer in self.layers]
         owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
         frozen = torch.zeros(sum(sizes), **FP32)
@@ -781,43 +792,50 @@ class MoSE:
 # A token is common to a task if this share of its prompts holds it. Not all of them have to: one
 # prompt without the chat template must not hide the template.
 COMMON = 0.95
-# The covariance is shrunk to a multiple of the identity, which weighs as much as this share of
-# key_dim prompts: few prompts show few of the directions in which prompts differ.
-BALL = 0.25
-# "None of these" is a class around the same mean and this many times as wide. So a prompt is far
-# from its task if its squared distance is more than 2.5 times that of the task's own prompts.
+# The pooled covariance is shrunk towards a multiple of the identity, which counts as much as
+# SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
+# prompts differ.
+SHRINKAGE = 0.25
+# "None of these" is a class with the mean of the best task and this many times its standard
+# deviation. A prompt is as likely to be of either where its squared distance from the mean is
+# 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts.
 WIDER = 3.0
-# A task has one imaginary prompt, at this share of the squared length of its mean. So a task of one
-# prompt, or of equal ones, has a spread too.
+# A task counts one imaginary prompt. Its squared distance from the mean is this share of the mean's
+# squared length, in all directions alike. So a task of equal prompts has a variance too.
 IMAGINARY = 0.01
 
 
 class TaskKeys:
     """How a prompt finds its task: each task is a Gaussian in the space of mean token embeddings.
 
-    A task has a mean and a spread of its own, and all tasks share the shape of one covariance
+    A task has a mean and a variance of its own, and all tasks share the shape of one covariance
     (linear discriminant analysis). Only running sums are kept, and no prompt.
 
-    tasks  {name: (count, mean (key_dim,), spread, {token: share})} of the finished tasks. The share
-           says how much of a prompt's mean a common token is, on average over the task's prompts.
-    scatter  (key_dim, key_dim), the sum over all tasks of scatter / sqrt(spread). It stays when a
-           task is forgotten, since it tells how prompts differ in general.
-    count  number of the prompts in it
+    tasks   {name: (count, mean, variance, common)} of the finished tasks:
+            count     number of prompts
+            mean      (key_dim,), of the prompts
+            variance  of the prompts, a number: the mean over all dimensions
+            common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
+                      weighted mean of its tokens, and this is the token's weight in it, on average.
+    pooled  (key_dim, key_dim), the sum over all tasks of S / sqrt(variance), where S is the scatter
+            matrix of the task's prompts: the sum of (x - mean) (x - mean)^T. It stays when a task
+            is forgotten, since it tells how prompts differ in general.
+    count   number of the prompts in `pooled`
     """
 
     def __init__(self, embedding, key_dim):
         self.embedding = embedding
-        width = embedding.weight.shape[1]
-        self.projection = fixed_signs(width, min(key_dim, width))
+        D = embedding.weight.shape[1]
+        key_dim = min(key_dim, D)
+        self.projection = fixed_signs(D, key_dim)
         self.tasks = {}
-        dim = min(key_dim, width)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
+        self.pooled = torch.zeros(key_dim, key_dim, dtype=torch.float64, device="cpu")
         self.count = 0
 
     # ---- a prompt as numbers
 
-    def tokens_and_shares(self, ids):
-        """The distinct tokens of a prompt (T,), and how much each counts in its mean."""
+    def tokens_and_weights(self, ids):
+        """The distinct tokens of a prompt (T,), and their weights in its mean (T,), of sum 1."""
         tokens, times = ids.unique(return_counts=True)
         # CHOICE: a token that occurs n times counts 1 + log n times, so that the words that all
         # prompts have don't hide those that tell tasks apart.
@@ -825,36 +843,36 @@ class TaskKeys:
         return tokens, weights / weights.sum()
 
     def table(self):
-        """The token embeddings (V, width). Made once for each call: a quantised or sharded table is
+        """The token embeddings (V, D). Made once for each call: a quantised or sharded table is
         brought together for it."""
         return plain(self.embedding.weight, self.embedding)
 
-    def embed(self, table, tokens, shares):
+    def embed(self, table, tokens, weights):
         """The weighted sum of token embeddings under the projection, (key_dim,)."""
         vectors = table[tokens.to(table.device)].float().cpu()
-        return (shares @ vectors @ self.projection).double()  # for differences of large sums
+        return (weights @ vectors @ self.projection).double()  # for differences of large sums
 
     # ---- the life of a task
 
     @torch.inference_mode(False)  # what is made in it can't be added to later
     def new_sums(self):
         """The empty sums of a task."""
-        dim = len(self.scatter)
-        return {"count": 0, "x": self.scatter.new_zeros(dim),
-                "square": self.scatter.new_zeros(dim, dim), "tokens": {}}
+        dim = len(self.pooled)
+        return {"count": 0, "x": self.pooled.new_zeros(dim),
+                "square": self.pooled.new_zeros(dim, dim), "tokens": {}}
 
     def add(self, sums, prompts):
         """Add prompts to the sums of a task. They count once they are merged."""
         table = self.table()
         for ids in prompts:
-            tokens, shares = self.tokens_and_shares(ids)
-            x = self.embed(table, tokens, shares)
+            tokens, weights = self.tokens_and_weights(ids)
+            x = self.embed(table, tokens, weights)
             sums["count"] += 1
             sums["x"] += x
             sums["square"] += torch.outer(x, x)
-            for token, share in zip(tokens.tolist(), shares.tolist()):
+            for token, weight in zip(tokens.tolist(), weights.tolist()):
                 held, total = sums["tokens"].get(token, (0, 0.0))
-                sums["tokens"][token] = held + 1, total + share
+                sums["tokens"][token] = held + 1, total + weight
 
     def merge(self, name, sums):
         """Make a task of the sums, or add them to a finished task."""
@@ -862,61 +880,63 @@ class TaskKeys:
         mean = sums["x"] / more
         scatter = sums["square"] - torch.outer(sums["x"], mean)  # about the mean of these prompts
         if name in self.tasks:
-            had, old, spread, common = self.tasks[name]
+            had, old, variance, common = self.tasks[name]
             count, gap = had + more, mean - old.double()
             # Two means that differ add to the scatter about their common mean.
             scatter += had * more / count * torch.outer(gap, gap)
-            spread = (had + 1) * spread + scatter.diagonal().mean().item()
+            squares = (had + 1) * variance + scatter.diagonal().mean().item()
             mean = old.double() + more / count * gap
             # What was common so far stays so only if the new prompts hold it too.
-            tokens = {token: (had + tokens[token][0], had * share + tokens[token][1])
-                      for token, share in common.items() if token in tokens}
+            tokens = {token: (had + tokens[token][0], had * weight + tokens[token][1])
+                      for token, weight in common.items() if token in tokens}
         else:
             count = more
             scatter += IMAGINARY * mean.square().mean() * torch.eye(len(mean), **FP32)
-            spread = scatter.diagonal().mean().item()
-        spread /= count + 1  # the one is the imaginary prompt
+            squares = scatter.diagonal().mean().item()
+        variance = squares / (count + 1)  # the one is the imaginary prompt
         common = {token: total / count for token, (held, total) in tokens.items()
                   if held >= COMMON * count}
-        self.tasks[name] = count, mean.float(), spread, common
-        # Divided by sqrt(spread), wide tasks (of short prompts) weigh more than narrow ones, but do
-        # not dominate: tasks that are hard to tell apart are often the wide ones.
-        self.scatter += scatter / math.sqrt(spread)
+        self.tasks[name] = count, mean.float(), variance, common
+        # The means of short prompts vary more. Divided by sqrt(variance), such a task counts more
+        # than others in the pooled covariance, but does not dominate it. Tasks that are hard to
+        # tell apart are often of this kind.
+        self.pooled += scatter / math.sqrt(variance)
         self.count += more
-        self.restore(*self.state())  # rounds the scatter, so that saving it changes nothing
+        self.restore(*self.state())  # rounds `pooled`, so that saving it changes nothing
 
     # ---- which task
 
     def infer(self, prompts):
         """([name], [confidence]) of prompts [(T,), ..]."""
-        dim, shared, table = len(self.scatter), self.shared_tokens(), self.table()
-        cov = self.scatter / self.count
-        size = cov.diagonal().mean()  # the mean of all tasks' sqrt(spread)
-        cov = cov + BALL * dim / self.count * size * torch.eye(dim, **FP32)
-        root = torch.linalg.cholesky(cov / cov.diagonal().mean())  # its shape without its size
-
-        own, empty = [], []  # of each prompt: the text that is not shared, and whether it has none
+        table = self.table()
+        shared = self.shared_tokens()
+        own, is_empty = [], []  # of each prompt: its text that is not shared; whether it has none
         for ids in prompts:
-            tokens, shares = self.tokens_and_shares(ids)
+            tokens, weights = self.tokens_and_weights(ids)
             keep = ~torch.isin(tokens, shared)
-            own.append(self.embed(table, tokens[keep], shares[keep] / shares[keep].sum()))
-            empty.append(not keep.any())
+            own.append(self.embed(table, tokens[keep], weights[keep] / weights[keep].sum()))
+            is_empty.append(not keep.any())
         own = torch.stack(own)  # (B, key_dim)
 
+        dim = len(self.pooled)
+        pooled = self.pooled / self.count
+        typical = pooled.diagonal().mean()  # the tasks' sqrt(variance), averaged over all prompts
+        pooled = pooled + SHRINKAGE * dim / self.count * typical * torch.eye(dim, **FP32)
+        shape = pooled / pooled.diagonal().mean()  # of variance 1, as a mean over the dimensions
+        root = torch.linalg.cholesky(shape)
         logits, ratios = [], []
-        for _, mean, spread, common in self.tasks.values():
-            # The shared text gets exactly the share that it has in the task's own prompts. So it
-            # cancels, and it dilutes a short prompt as much as a long one.
-            shares = [common[token] for token in shared.tolist()]
-            shares = torch.tensor(shares, **FP32)
-            x = self.embed(table, shared, shares) + (1 - shares.sum()) * own  # (B, key_dim)
+        for _, mean, variance, common in self.tasks.values():
+            # Here the shared text gets the weight that it has in the task's own prompts. So it is
+            # the same in x and in the mean, and their difference does not depend on it.
+            weights = torch.tensor([common[token] for token in shared.tolist()], **FP32)
+            x = self.embed(table, shared, weights) + (1 - weights.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
-            distance = z.square().mean(0)  # (B,) squared, for each dimension
-            # The width is half-way between one spread for all tasks and a spread for each.
-            # Otherwise a prompt slightly off a narrow task's mean would go to a wide task.
-            width = math.sqrt(spread) * size
-            logits.append(-dim / 2 * (distance / width + width.log()))
-            ratios.append(distance / spread)  # about 1 for the task's own prompts
+            distance = z.square().mean(0)  # (B,), squared, a mean over the dimensions
+            # The variance is between the task's own and that of all tasks. With its own alone, a
+            # prompt slightly off the mean of a narrow task would go to a wide one.
+            between = math.sqrt(variance) * typical
+            logits.append(-dim / 2 * (distance / between + between.log()))  # the log of a Gaussian
+            ratios.append(distance / variance)  # about 1 for the task's own prompts
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
@@ -925,7 +945,7 @@ class TaskKeys:
         none = dim / 2 * (ratio * (1 - 1 / WIDER**2) - 2 * math.log(WIDER))  # its log odds
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-none)
         # A prompt of nothing but shared text says nothing about its task.
-        confidence = confidence.masked_fill(torch.tensor(empty, device="cpu"), 0.0)
+        confidence = confidence.masked_fill(torch.tensor(is_empty, device="cpu"), 0.0)
         names = [*self.tasks]
         return [names[i] for i in best[:, 0].tolist()], confidence.tolist()
 
@@ -938,24 +958,24 @@ class TaskKeys:
     # ---- what is kept
 
     def state(self):
-        """What a file holds: of the scatter only its root, a triangle, in bf16."""
-        rows, columns = torch.tril_indices(*self.scatter.shape, device="cpu")
-        root = torch.linalg.cholesky(self.scatter) if self.count else self.scatter
+        """What a file holds: of `pooled` only its root, a triangle, in bf16."""
+        rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
+        root = torch.linalg.cholesky(self.pooled) if self.count else self.pooled
         return self.tasks, root[rows, columns].bfloat16(), self.count
 
     @torch.inference_mode(False)
     def restore(self, tasks, triangle, count):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
-        rows, columns = torch.tril_indices(*self.scatter.shape, device="cpu")
-        fits = all(len(mean) == len(self.scatter) for _, mean, _, _ in tasks.values())
+        rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
+        fits = all(len(mean) == len(self.pooled) for _, mean, _, _ in tasks.values())
         expect(fits and triangle.shape == rows.shape, "its keys have another size")
-        root = torch.zeros_like(self.scatter)
+        root = torch.zeros_like(self.pooled)
         root[rows, columns] = triangle.double()
-        self.tasks, self.scatter, self.count = tasks, root @ root.T, count
+        self.tasks, self.pooled, self.count = tasks, root @ root.T, count
 
     def key_bytes(self):
-        """{task: bytes of its key}. The scatter, which all share, counts with the first one."""
-        dim = len(self.scatter)
+        """{task: bytes of its key}. The covariance, which all share, counts with the first one."""
+        dim = len(self.pooled)
         sizes = {}
         for name, (_, _, _, common) in self.tasks.items():
             sizes[name] = 4 * dim + 8 + 8 * len(common) + (0 if sizes else dim * (dim + 1))
@@ -1048,8 +1068,8 @@ def hooks_of(model):
 def check_layers(model, layers):
     """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
     hooks = hooks_of(model)
-    # Where a layer was replaced, its hook is gone, or went along: quantize_dynamic copies it, under
-    # another key.
+    # A hook is there if a layer has it under its key. Or quantize_dynamic has made a copy of the
+    # layer: the copy has the hook under another key.
     owners = {id(owner) for owner in hooks.values()}
     for layer in layers:
         expect(layer.handle.id in hooks or id(layer) in owners,
@@ -1150,7 +1170,9 @@ def fingerprint(model):
     or accelerate may have moved them elsewhere.
     """
     for module in model.modules():
-        if hasattr(module, "reshard"):  # FSDP2: a tied table is two tensors while it is whole
+        # FSDP2: between a pass and this, a layer may hold its whole weights, and a table that two
+        # modules share is then two tensors.
+        if hasattr(module, "reshard"):
             module.reshard()
     tensors = [*model.named_parameters(remove_duplicate=False)]  # a tied table by all its names
     for path, module in model.named_modules():  # the codes and scales of GPTQ and AWQ are buffers
@@ -1164,7 +1186,7 @@ def fingerprint(model):
     # The frequencies of positions have several names too, so all of them are compared together.
     waves = sorted({tuple(numbers_of(wave)) for wave in frequencies(model)})
     result["frequencies of positions"] = [number for wave in waves for number in wave]
-    # Frequencies don't show everything: dynamic ones have a factor that only long batches meet.
+    # Frequencies don't show everything: dynamic ones change only when a batch is long.
     config = model.config.to_dict() if hasattr(model, "config") else {}
     for name, value in leaves(config):
         if "rope_" in name:
@@ -1180,9 +1202,11 @@ def frequencies(model):
         # Dynamic and longrope positions change inv_freq with the length of the last batch, and
         # keep what it was at first in original_inv_freq.
         kind = str(getattr(module, "rope_type", ""))
-        moves = "dynamic" in kind or "longrope" in kind
+        changes = "dynamic" in kind or "longrope" in kind
         for name, value in {**vars(module), **module._buffers}.items():
-            if name.endswith("inv_freq") and "long_" not in name and ("original_" in name) == moves:
+            is_wanted = ("original_" in name) == changes
+            # (transformers makes long_inv_freq from the config when it first sees a long batch.)
+            if name.endswith("inv_freq") and is_wanted and "long_" not in name:
                 yield value
 
 
@@ -1202,7 +1226,7 @@ def differences(saved, here, needed):
     But each module in `needed` (paths of adapted layers and embeddings) must have a tensor in both.
     """
     both = [name for name in saved if name in here]
-    far = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
+    wrong = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
     for name in both:
         a, b = saved[name], here[name]
         if name.startswith("config.") or len(a) != len(b):
@@ -1210,5 +1234,5 @@ def differences(saved, here, needed):
         else:
             same = all(abs(x - y) <= 0.01 for x, y in zip(a, b))
         if not same:
-            far.append(name)
-    return far
+            wrong.append(name)
+    return wrong

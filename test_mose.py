@@ -393,9 +393,9 @@ def test_a_loss_of_nan_costs_only_the_open_task():
 # ------------------------------------------------------------------------------ never forgets
 
 
-def finished_from_the_weights(layer, name, lineage, rows):
+def finished_from_the_weights(layer, name, lineage):
     pool = torch.where(layer.reads(lineage), layer.weight.detach(), 0.0)
-    return rows, layer.matrices(pool, layer.routers[name])
+    return layer.matrices(pool, layer.routers[name])
 
 
 @both_modes
@@ -403,7 +403,7 @@ def test_a_finished_task_never_changes(guard, reentrant, tmp_path, monkeypatch):
     """Not by one AdamW for all tasks, weight decay, checkpointing, a bf16 base, the loss of another
     task and a new process."""
     # Off: what a finished task reads is in the Parameter, where an optimizer holds it.
-    guard or monkeypatch.setattr(SubExperts, "finished", finished_from_the_weights)
+    guard or monkeypatch.setattr(SubExperts, "finished_matrices", finished_from_the_weights)
     base = ("grouped", torch.bfloat16)
     mose = attach(*base)
     checkpoint(mose.model, reentrant)
@@ -601,9 +601,9 @@ def test_a_task_of_short_prompts_is_found_beside_long_ones(guard):
         mose.begin_task(name)
         mose.observe(prompts(name, i))
         mose.end_task()
-    if not guard:  # off: one spread for all tasks
+    if not guard:  # off: one variance for all tasks
         tasks = mose.keys.tasks
-        mean = sum(spread for _, _, spread, _ in tasks.values()) / 3
+        mean = sum(variance for _, _, variance, _ in tasks.values()) / 3
         mose.keys.tasks = {n: (c, m, mean, common) for n, (c, m, _, common) in tasks.items()}
     names, sure = mose.infer_task(prompts("short", 9), return_confidence=True)
     assert (names == ["short"] * 60 and sum(s < 0.5 for s in sure) <= 3) == guard

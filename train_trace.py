@@ -10,13 +10,13 @@ the method, not TRACE.
 
 All methods go through the same loop, data and order (replay takes some more steps):
 
-    floor      no model: the best of a constant answer and copies of the prompt, chosen on train
+    floor      no model: one constant answer, or a piece of the prompt, whichever is best on train
     base       the model as it is
     lora       one LoRA, trained in sequence: it forgets
     replay     the same, with a share of the earlier tasks' examples in each task
     joint      one LoRA, trained on all tasks at the same time: the usual upper bound
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
-    moe_lora   a mixture with one shared router and no masks, in sequence
+    moe_lora   a mixture of LoRAs without masks, in sequence, with one router for all tasks
     mose       MoSEs, with the task known (TIL) and inferred from the prompt (TaIL)
     mose_fixed the same, but its routers stay as they were drawn
 
@@ -45,19 +45,25 @@ from tqdm import tqdm
 from mose import MoSE
 from tracebench import processes
 from tracebench.ask import ask
-from tracebench.data import batches, load_tasks, passes, whole_prompts
+from tracebench.data import batches, load_tasks, padded_batches
 from tracebench.methods import attach, lessons, rate, tasks_to_test
 from tracebench.model import (
-    IDLE, TOKENS_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model)
+    TIMES_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model, own_passes)
 from tracebench.options import Args, parse
-from tracebench.runs import Record, Tested, about, claimed, draw, note_data, unfinished
+from tracebench.runs import Record, Tested, draw, facts, locked_folders, note_data, unfinished
 from tracebench.scores import SCORES, floor, mean
 
 
 def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
-    """The loop: learn all tasks with one method, and test those seen so far after each of them."""
+    """The loop: learn all tasks with one method, and test those seen so far after each of them.
+
+    The adapter of every method has the methods of MoSE that are called here. Those for which a LoRA
+    has no use do nothing there: it starts from no other task, and it has no key.
+    args: the options of this run alone, so that args.seeds is one number.
+    """
     method = record.method
     adapter = record.adapter(model)  # a new one, or that of an interrupted run
+    # A lesson is one task. Only for joint it is a single one, made of the examples of all tasks.
     for t, task in record.remaining(lessons(method, tasks, args)):
         bar.set_description(f"{method} {task.name}")
         torch.manual_seed(1000 * int(args.seeds) + t)
@@ -66,22 +72,25 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         # new task then needs only a part of the usual number of new entries (need). best_source
         # sets each finished task in turn and calls the probe.
         source, need = adapter.best_source(
-            lambda: probe(model, tokenizer, task, args), task.wrong_by_guessing())
+            lambda: probe(model, tokenizer, task, args), task.error_of_a_constant())
         adapter.begin_task(task.name, source, need)
 
         # The task's key, by which its prompts are recognised later, is made of all its prompts.
-        for ids, mask in whole_prompts(task.prompts, tokenizer):
+        for ids, mask in padded_batches(task.train_prompts, tokenizer):
             adapter.observe(ids, mask)
 
         parameters = adapter.trainable_parameters()
         train(model, tokenizer, parameters, task, args, rate(method, args, model), bar)
+        num_trained = sum(p.numel() for p in parameters)
         report = adapter.end_task()
         # The adapter is saved, detached, and attached again from its file. So what is tested, and
         # what goes on, is always what is on the disk.
-        adapter = record.save(adapter, task, source, parameters, report)
+        adapter = record.save_and_reopen(adapter, task, source, num_trained, report)
 
-        row = record.add({seen.name: evaluate(model, tokenizer, adapter, seen, args)
-                          for seen in tasks_to_test(t, method, tasks, args)})
+        tests = {}
+        for seen in tasks_to_test(t, method, tasks, args):
+            tests[seen.name] = evaluate(model, tokenizer, adapter, seen, args)
+        row = record.add(tests)
         bar.write(f"{method:10} {t + 1} {task.name:12} {scores_in_words(row)}")
     adapter.detach()
 
@@ -104,13 +113,12 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         answer_tokens = sum(label != -100 for _, labels in batch for label in labels)
         loss = torch.zeros((), device=model.device)
         # The gradients of all passes add up to those of the batch, which may not fit into one.
-        for rows in processes.share_in_passes(
-                batch, lambda part: passes(part, args.tokens), idle=IDLE):
-            logits, labels, _ = answer_logits(model, tokenizer, rows)
-            part = F.cross_entropy(logits, labels, reduction="sum") / answer_tokens
-            part.backward()
-            loss += part.detach()
-        processes.total(loss, *(p.grad for p in parameters))
+        for examples in own_passes(batch, args.tokens):
+            logits, labels, _ = answer_logits(model, tokenizer, examples)
+            loss_of_pass = F.cross_entropy(logits, labels, reduction="sum") / answer_tokens
+            loss_of_pass.backward()
+            loss += loss_of_pass.detach()
+        processes.add_up(loss, *(p.grad for p in parameters))
         if not loss.isfinite():
             raise ValueError(f"{task.name}: the loss is {loss} at step {step}: start again with a "
                              "lower rate (--lr of MoSEs, --lora_lr of the others) and another "
@@ -137,41 +145,48 @@ def share_of_rate(step, steps, schedule):
 
 @torch.no_grad()
 def probe(model, tokenizer, task, args):
-    """The share of a task's probe examples that the adapter, as it is set, does not answer exactly.
-    The loss would be a poor guide: most of it is gone once the format of an answer is learned."""
-    examples, wrong = task.probe_examples(), torch.zeros((), device=model.device)
-    groups = passes(examples, TOKENS_WITHOUT_GRADIENTS * args.tokens)
-    for rows in processes.share(groups, idle=IDLE):
-        logits, labels, example = answer_logits(model, tokenizer, rows)
-        wrong += example[logits.argmax(-1) != labels].unique().numel()
-    processes.total(wrong)
+    """The share of some training examples that the task in force does not answer exactly.
+
+    The loss would be a poor guide: most of it is gone once the format of an answer is learned.
+    """
+    examples = task.probe_examples()
+    wrong = torch.zeros((), device=model.device)
+    for some in own_passes(examples, TIMES_WITHOUT_GRADIENTS * args.tokens):
+        # A row of these for each answer token. An answer with a single wrong token is wrong.
+        logits, labels, example_of_token = answer_logits(model, tokenizer, some)
+        is_wrong = logits.argmax(-1) != labels
+        wrong += example_of_token[is_wrong].unique().numel()
+    processes.add_up(wrong)
     return wrong / len(examples)
 
 
 def evaluate(model, tokenizer, adapter, task, args):
-    """Tested: the scores of a task's test examples with the task known (TIL) and, for MoSEs, with
-    the task inferred from each prompt (TaIL). Without an adapter, those of the bare base."""
-    rows = range(len(task.test))
+    """Test the adapter on a task, or the bare base (None). Returns a Tested: the score of each
+    test example with the task known (TIL) and, for MoSEs, with the task inferred from each prompt
+    (TaIL)."""
+    numbers = range(len(task.test_prompts))  # of the test examples
 
     def scores(answers):
-        return [SCORES[task.metric](answers[i], task.golds[i], task.texts[1][i]["prompt"])
-                for i in rows]
+        score = SCORES[task.metric]
+        return [score(answers[i], task.golds[i], task.test_texts[i]["prompt"]) for i in numbers]
 
     if adapter:
         adapter.set_task(task.name)
-    answers = generate(model, tokenizer, task, rows, args)
-    known, first = scores(answers), [answers[i] for i in rows[:2]]
+    answers = generate(model, tokenizer, task, numbers, args)  # {number: text}
+    known, first_two = scores(answers), [answers[i] for i in numbers[:2]]
     if not isinstance(adapter, MoSE):
-        return Tested(known, answers=first)
+        return Tested(known, answers=first_two)
 
-    names = []
-    for ids, mask in whole_prompts(task.test, tokenizer):
-        names += adapter.infer_task(ids, mask)
-    wrong = [i for i in rows if names[i] != task.name]
-    for name in dict.fromkeys(names[i] for i in wrong):  # where it is right, the answer is the same
+    inferred = []  # for each test example, the task that its prompt seems to belong to
+    for ids, mask in padded_batches(task.test_prompts, tokenizer):
+        inferred += adapter.infer_task(ids, mask)
+    # Where the right task was inferred, the answer is the one that is there already.
+    for name in {*inferred} - {task.name}:
         adapter.set_task(name)
-        answers |= generate(model, tokenizer, task, [i for i in wrong if names[i] == name], args)
-    return Tested(known, scores(answers), 100.0 * (1 - len(wrong) / len(names)), first)
+        misled = [i for i in numbers if inferred[i] == name]
+        answers |= generate(model, tokenizer, task, misled, args)
+    right = 100 * inferred.count(task.name) / len(inferred)
+    return Tested(known, inferred=scores(answers), right=right, answers=first_two)
 
 
 def scores_in_words(row):
@@ -181,7 +196,7 @@ def scores_in_words(row):
 def test_once(record, model, tokenizer, tasks, args, bar):
     """For a method that learns nothing: the floor, or the bare base."""
     if record.method == "floor":
-        tests = {task.name: Tested(floor(task.metric, *task.texts)) for task in tasks}
+        tests = {task.name: Tested(floor(task.metric, task.train_texts, task.test_texts)) for task in tasks}
     else:
         tests = {task.name: evaluate(model, tokenizer, None, task, args) for task in tasks}
     bar.write(f"{record.method:25} {scores_in_words(record.add(tests))}")
@@ -194,8 +209,9 @@ def main(args):
     datasets.disable_progress_bars()
     if args.ask:
         return ask(args)
-    processes.start(choose_device(args)[0])
-    with claimed(args) as runs:
+    device, _ = choose_device(args)
+    processes.start(device)
+    with locked_folders(args) as runs:  # {folder: its Args}, one for each seed
         todo = unfinished(runs)
         if todo:
             session(todo, runs, args)
@@ -204,19 +220,25 @@ def main(args):
 
 
 def session(todo, runs, args):
-    """Run what is left to do: a list of (folder, its Args, method)."""
+    """Run what is left to do.
+
+    todo: [(folder, its Args, method)]. runs: {folder: its Args}, also those with nothing left.
+    """
     model, tokenizer = load_model(args)
     tasks = load_tasks(args, tokenizer, model)
     for folder in runs:
         note_data(folder, tasks)
-    for method in {method for _, _, method in todo} - {"floor", "base"}:
-        attach(model, method, args).detach()  # a wrong option fails here, before any training
-    zero_shot = None  # scores before any training: forward transfer, only with --test all
+    for _, own, method in todo:
+        if method not in ("floor", "base"):
+            attach(model, method, own).detach()  # a wrong option fails here, before any training
+    zero_shot = None  # scores of the bare base, from which forward transfer is counted
     if args.test == "all":
         zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
     records = [Record(folder, method, tasks, own) for folder, own, method in todo]
-    steps = sum(math.ceil(len(task.train) / args.batch) * task.epochs for record in records
-                for _, task in record.remaining(lessons(record.method, tasks, record.args)))
+    steps = 0
+    for record in records:
+        for _, task in record.remaining(lessons(record.method, tasks, record.args)):
+            steps += math.ceil(len(task.train) / args.batch) * task.epochs
     # One bar for everything. With smoothing=0, its estimate includes the time for tests.
     bar = tqdm(total=steps, unit="step", ncols=100, smoothing=0, disable=processes.RANK > 0)
     for record in records:
@@ -224,9 +246,9 @@ def session(todo, runs, args):
             torch.cuda.reset_peak_memory_stats()
         if record.method not in ("floor", "base"):
             learn_in_a_row(record, model, tokenizer, tasks, record.args, bar)
-        elif not record.done():
+        elif not record.done():  # an interrupted run may have its scores, and no result file yet
             test_once(record, model, tokenizer, tasks, record.args, bar)
-        record.finish(about(record, model, tasks), zero_shot)
+        record.finish(facts(record, model, tasks), zero_shot)
     bar.close()
 
 

@@ -1,6 +1,7 @@
 """Score against bytes: MoSEs at several densities beside the LoRA that a user would take instead.
 
     python -m benchmarks.frontier tiny      # all runs on tiny-llm, into runs/frontier
+    python -m benchmarks.frontier memory    # ways to learn with less memory (needs bitsandbytes)
     python -m benchmarks.frontier report    # results/frontier.json, .md and .png of all that ran
 
 Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
@@ -67,8 +68,23 @@ def matrices(layer, pool, router, matrices=SubExperts.matrices):
     pool = torch.cat([A.flatten(), pool[layer.size_A:]])
     return matrices(layer, pool, router)
 SubExperts.begin, SubExperts.matrices = begin, matrices
+SubExperts.can_learn = lambda layer: True  # without an entry of A, too
 """,
 }
+# States of Adam that take less memory: rounded to bf16 after each step, or 8-bit ones.
+CHANGES["bf16 states"] = """
+class Rounded(torch.optim.AdamW):
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].copy_(state[key].bfloat16())
+torch.optim.AdamW = Rounded
+"""
+CHANGES["8-bit Adam"] = """
+import bitsandbytes
+torch.optim.AdamW = bitsandbytes.optim.AdamW8bit
+"""
 SCRIPT = """
 import functools, math, sys, torch, mose, train_trace
 from mose import SubExperts
@@ -112,6 +128,18 @@ def parse_other(argv=None):
     return args
 train_trace.parse = parse_other
 """
+
+
+def memory_jobs():
+    """The same for ways to learn with less memory, each with as many numbers for a task."""
+    todo = {}
+    for seed in SEEDS:
+        own = ["--test", "ends", "--seeds", str(seed), "--methods", "mose"]
+        todo[f"rank 8 0.02 {seed}"] = "", [*own, "--rank", "8", "--density", "0.02"]
+        todo[f"rank 4 0.04 {seed}"] = "", [*own, "--rank", "4", "--density", "0.04"]
+        for change in ("bf16 states", "8-bit Adam"):
+            todo[f"{change} 0.01 {seed}"] = change, [*own, "--density", "0.01"]
+    return todo
 
 
 def final_loras(folder):
@@ -192,7 +220,9 @@ def report(results):
     for one, other in (("mose 0.01", "never trained 0.01"), ("mose 0.01", "one expert 0.01"),
                        ("mose 0.01", "mose again 0.01"),
                        ("mose 0.01", "own alone 0.01"), ("mose 0.01", "free A 0.01"),
-                       ("mose 0.01", "fixed A 0.01")):
+                       ("mose 0.01", "fixed A 0.01"), ("mose 0.01", "rank 8 0.02"),
+                       ("mose 0.01", "rank 4 0.04"), ("mose 0.01", "bf16 states 0.01"),
+                       ("mose 0.01", "8-bit Adam 0.01")):
         both = sorted({*found.get(one, {})} & {*found.get(other, {})})
         gaps = [found[one][s]["op"] - found[other][s]["op"] for s in both]
         if len(gaps) > 1:
@@ -236,16 +266,18 @@ def draw(results, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("tiny", "report"))
+    parser.add_argument("what", choices=("tiny", "memory", "report"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     folder = Path("runs/frontier")
-    if args.what == "tiny":
+    if args.what in ("tiny", "memory"):
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             def run(some):
                 for done in [pool.submit(work, name, *job) for name, job in some.items()]:
                     done.result()
 
+            if args.what == "memory":
+                return run(memory_jobs())
             every = jobs()
             run({name: job for name, job in every.items() if name.startswith("search")})
             # The last runs of the LoRAs follow from their search. Seed by seed, so that a part of

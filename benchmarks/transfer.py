@@ -23,7 +23,7 @@ import mose
 import train_trace as loop
 from figures.report import spread
 from tracebench.baselines import LoRA
-from tracebench.data import encode, pad, whole_prompts, writable_golds
+from tracebench.data import encode, pad, padded_batches, writable_golds
 from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,9 +73,9 @@ def learn(adapter, base, task, args):
 def begin_to_end(adapter, base, task, args):
     """The steps of the loop of train_trace.py for one task; what to note of it."""
     source, need = adapter.best_source(
-        lambda: loop.probe(*base, task, args), task.wrong_by_guessing())
+        lambda: loop.probe(*base, task, args), task.error_of_a_constant())
     adapter.begin_task(task.name, source, need)
-    for ids, mask in whole_prompts(task.prompts, base[1]):
+    for ids, mask in padded_batches(task.train_prompts, base[1]):
         adapter.observe(ids, mask)
     method = "lora" if isinstance(adapter, LoRA) else "mose"
     lr = loop.rate(method, args, base[0])
@@ -132,7 +132,7 @@ def related(seed):
 @torch.no_grad()
 def snapshot(adapter, base, task, name):
     """Logits of some prompts under a finished task."""
-    ids, mask = pad(task.test[:8], base[1].pad_token_id)
+    ids, mask = pad(task.test_prompts[:8], base[1].pad_token_id)
     adapter.set_task(name)
     return base[0](input_ids=ids, attention_mask=mask).logits
 
@@ -145,7 +145,7 @@ def variants(task, count):
                lambda p, a: (p + " turned", a.translate(turn)),
                lambda p, a: (p + " [", f"{a} ]")][:count]
     for i, change in enumerate(changes):
-        pairs = [[change(row["prompt"], row["answer"]) for row in rows] for rows in task.texts]
+        pairs = [[change(row["prompt"], row["answer"]) for row in rows] for rows in (task.train_texts, task.test_texts)]
         yield f"{task.name} {i}", [[{"prompt": p, "answer": a} for p, a in rows] for rows in pairs]
 
 
@@ -159,9 +159,10 @@ def stream(seed, method, count):
         for called, texts in variants(task, count):
             train, test = ([encode(base[1], row) for row in rows] for rows in texts)
             tasks.append(dataclasses.replace(
-                task, name=called, texts=texts, prompts=[prompt for prompt, _ in train],
+                task, name=called, train_texts=texts[0], test_texts=texts[1],
+                train_prompts=[prompt for prompt, _ in train],
                 train=[(p + a, [-100] * len(p) + a) for p, a in train],
-                test=[prompt for prompt, _ in test],
+                test_prompts=[prompt for prompt, _ in test],
                 golds=writable_golds(base[1], called, texts[1]), max_new=max(len(a) for _, a in train)))
     tasks = [tasks[i * count + v] for v in range(count) for i in range(len(TASKS))]
     notes, files = [], []

@@ -75,7 +75,7 @@ def test_without_the_sum_of_gradients_they_would_not(runs):
     folder = runs[0].parent.parent
     (folder / "control.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_trace\n"
-        "train_trace.processes.total = lambda *tensors: None\n"
+        "train_trace.processes.add_up = lambda *tensors: None\n"
         "train_trace.main(train_trace.parse())\n")
     two("control.py", folder, "--name", "off", "--methods", "lora")
     one, both, off = (lora_weights(run / "lora.pt") for run in (*runs, folder / "runs/off"))

@@ -698,7 +698,7 @@ def held(mose):
     seen = {}
     tensors = [t for layer in mose.layers for t in [*layer.parameters(), *layer.buffers()]]
     tensors += [t for layer in mose.layers for _, pair in layer.in_force for t in pair]
-    tensors += [mose.keys.scatter, *(mean for _, mean, *_ in mose.keys.tasks.values())]
+    tensors += [mose.keys.pooled, *(mean for _, mean, *_ in mose.keys.tasks.values())]
     for t in tensors:
         seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     records = [t for layer in mose.layers for t in layer.routers.values()]
@@ -718,7 +718,7 @@ def test_memory_stays_flat_over_a_hundred_tasks(monkeypatch):
             sizes.append(held(mose))
             tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     pool, records = zip(*sizes)
-    keys = 80 * len(mose.keys.scatter) * 4
+    keys = 80 * len(mose.keys.pooled) * 4
     assert pool[1] - pool[0] <= keys + 80 * 64  # a key for each task, and nothing else
     assert records[1] == 5 * records[0]
     assert tensors[1] - tensors[0] <= 80 * (1 + len(mose.layers)) + 10

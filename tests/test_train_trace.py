@@ -77,7 +77,7 @@ def test_generation_never_sees_the_answer(base):
         lambda module, inputs: seen.append(inputs[0].clone()))
     train_trace.generate(model, tokenizer, task, range(8), args)
     handle.remove()
-    expected, _ = pad(sorted(task.test, key=len), tokenizer.pad_token_id, "left")
+    expected, _ = pad(sorted(task.test_prompts, key=len), tokenizer.pad_token_id, "left")
     assert torch.equal(seen[0], expected)
 
 
@@ -161,19 +161,19 @@ def sorted_task(tmp_path, base, **options):
 def test_samples_are_not_the_first_rows_and_are_the_same_for_all_seeds(tmp_path, base):
     for seeds in ("0", "1"):
         task, _ = sorted_task(tmp_path, base, max_train=100, max_test=24, seeds=seeds)
-        assert len(task.train) == 100 and len(task.golds) == len(task.test) == 24
+        assert len(task.train) == 100 and len(task.golds) == len(task.test_prompts) == 24
         answers = [labels[-2] for _, labels in task.train]
         assert 30 < answers.count(answers[0]) < 70 and 4 < task.golds.count("A") < 20
         again, _ = sorted_task(tmp_path, base, max_train=100, max_test=24, seeds="7")
-        assert (again.train, again.test, again.golds) == (task.train, task.test, task.golds)
+        assert (again.train, again.test_prompts, again.golds) == (task.train, task.test_prompts, task.golds)
     assert {row["answer"] for row in by_answer(400)[:100]} == {"A"}, "control: of the first rows"
 
 
 def test_the_probe_reads_a_sample_and_knows_what_a_constant_answer_gets_wrong(tmp_path, base):
     task, args = sorted_task(tmp_path, base)
-    assert 0.3 < task.wrong_by_guessing() <= 0.5
+    assert 0.3 < task.error_of_a_constant() <= 0.5
     first = dataclasses.replace(task, train=task.train[:64])
-    assert first.wrong_by_guessing() == 0.0, "control: the first rows would need no learning"
+    assert first.error_of_a_constant() == 0.0, "control: the first rows would need no learning"
     # A base that always says "A" and EOS is wrong as often as the guess, and not always right.
     says_a = task.train[0][1][-2]
 
@@ -186,7 +186,7 @@ def test_the_probe_reads_a_sample_and_knows_what_a_constant_answer_gets_wrong(tm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_trace, "answer_logits", always_a)
         wrong = float(train_trace.probe(*base, task, args))
-    assert min(wrong, 1 - wrong) == pytest.approx(task.wrong_by_guessing())
+    assert min(wrong, 1 - wrong) == pytest.approx(task.error_of_a_constant())
 
 
 def test_the_loop_says_what_a_guess_leaves(tmp_path, base, monkeypatch):
@@ -200,12 +200,12 @@ def test_the_loop_says_what_a_guess_leaves(tmp_path, base, monkeypatch):
     monkeypatch.setattr(train_trace.MoSE, "best_source", spy)
     record = Record(tmp_path, "mose", [task], args)
     train_trace.learn_in_a_row(record, *base, [task], args, QUIET)
-    assert guesses == [task.wrong_by_guessing()] and 0 < guesses[0] < 1
+    assert guesses == [task.error_of_a_constant()] and 0 < guesses[0] < 1
 
 
 def test_more_rows_than_there_are_is_said_and_all_are_taken(tmp_path, base, capsys):
     task, _ = sorted_task(tmp_path, base, max_train=500, max_test=401)
-    assert len(task.train) == len(task.test) == 400
+    assert len(task.train) == len(task.test_prompts) == 400
     said = capsys.readouterr().out
     assert said.count("sorted, --max_train: 500 were asked for, but there are 400") == 1
     assert said.count("sorted, --max_test: 401 were asked for, but there are 400") == 1
@@ -365,7 +365,7 @@ def test_the_stage_is_fair_zero_shot_the_model_knows_no_more_than_a_guess(base):
     model, tokenizer = base
     for task in train_trace.load_tasks(Args(), tokenizer, model):
         zero_shot = train_trace.evaluate(model, tokenizer, None, task, Args()).known
-        assert sum(zero_shot) <= sum(floor(task.metric, *task.texts)), task.name
+        assert sum(zero_shot) <= sum(floor(task.metric, task.train_texts, task.test_texts)), task.name
 
 
 def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
@@ -448,7 +448,7 @@ def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
     args = train_trace.parse([*options, "--data", data, "--tasks", "long", "--metric",
                               "long=rouge_l"])
     task, = train_trace.load_tasks(args, tokenizer, model)
-    assert task.limit < positions < len(task.test[0])
+    assert task.limit < positions < len(task.test_prompts[0])
     read_by_training = task.train[0][0][:task.limit]
     asked, generate = [], transformers.LlamaForCausalLM.generate
 

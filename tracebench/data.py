@@ -109,19 +109,20 @@ class Task:
     metric: str
     epochs: int
     train: list  # examples (ids, labels): labels are -100 on the prompt
-    prompts: list  # all training prompts, whole: their beginning says most about the task
-    test: list  # test prompts, whole
-    golds: list  # their right answers, as the tokenizer can write them
+    train_prompts: list  # ids of all training prompts. They are not cut: a key is made of them, and
+    test_prompts: list  # the beginning of a prompt says most about its task
+    golds: list  # texts of the right answers to test_prompts, as the tokenizer can write them
     limit: int  # tokens of a prompt that the model reads, its last ones
     max_new: int  # tokens that a tested answer may have
-    texts: tuple  # the rows of train and test: lists of {"prompt", "answer"}
+    train_texts: list  # rows {"prompt", "answer"} of train, before they became ids
+    test_texts: list  # the same of test
     digests: dict  # {split: SHA-256 of its file}
 
     def probe_examples(self):
-        """Some training examples, on which finished tasks are tried before this one is learned."""
+        """Some examples of train, on which finished tasks are tried before this one is learned."""
         return sample(self.train, min(PROBE_EXAMPLES, len(self.train)), f"{self.name}, probe")
 
-    def wrong_by_guessing(self):
+    def error_of_a_constant(self):
         """The share of the probe's examples that the best constant answer gets wrong."""
         answers = [tuple(label for label in labels if label != -100)
                    for _, labels in self.probe_examples()]
@@ -154,7 +155,7 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     return Task(
         name, metric, epochs, examples, [prompt for prompt, _ in encoded],
         [encode(tokenizer, row)[0] for row in test], writable_golds(tokenizer, name, test),
-        limit, max_new, (train, test),
+        limit, max_new, train, test,
         {part: hashlib.sha256(content).hexdigest() for part, (_, content) in files.items()})
 
 
@@ -251,7 +252,7 @@ def passes(rows, tokens, length=lambda row: len(row[0])):
         yield group
 
 
-def whole_prompts(prompts, tokenizer, size=32):
-    """Whole prompts in padded batches, for the keys of tasks."""
+def padded_batches(prompts, tokenizer, size=32):
+    """Prompts as padded batches: ids (B, T), attention mask (B, T)."""
     for start in range(0, len(prompts), size):
         yield pad(prompts[start:start + size], tokenizer.pad_token_id)

@@ -7,12 +7,12 @@ from tracebench import processes
 from tracebench.data import cut, pad, passes, to_text
 
 # A pass without gradients takes less memory for each token than a training pass, so it may have
-# more than --tokens of them. The tokens of a cache take even less, and larger passes decode faster.
-TOKENS_WITHOUT_GRADIENTS = 4  # times --tokens
-TOKENS_IN_CACHE = 8  # times --tokens
+# this many times --tokens. The tokens of a cache take even less, and larger passes decode faster.
+TIMES_WITHOUT_GRADIENTS = 4
+TIMES_IN_CACHE = 8
 
-# The rows of a pass that a process makes only because others need its shard of the base: padding,
-# and no label.
+# The examples of a pass that a process makes only because others need its shard of the base:
+# padding, and no label.
 IDLE = [([0, 0], [-100, -100])]
 
 
@@ -49,10 +49,16 @@ def load_model(args):
     return model.eval(), tokenizer
 
 
-def answer_logits(model, tokenizer, rows):
-    """For each answer token of some examples: logits (n, V), labels (n,), its example (n,)."""
-    ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id)
-    labels = pad([labels for _, labels in rows], -100)[0][:, 1:].to(model.device)
+def own_passes(examples, tokens):
+    """This process's share of some examples, in lists for one pass of at most `tokens` tokens."""
+    return processes.own_passes(examples, lambda own: passes(own, tokens), IDLE)
+
+
+def answer_logits(model, tokenizer, examples):
+    """Of the n answer tokens of some examples (ids, labels): logits (n, V), labels (n,), and the
+    index (n,) of the example that each token belongs to."""
+    ids, mask = pad([ids for ids, _ in examples], tokenizer.pad_token_id)
+    labels = pad([labels for _, labels in examples], -100)[0][:, 1:].to(model.device)
     wanted, head = labels != -100, model.get_output_embeddings()
 
     def only_wanted(head, inputs):
@@ -68,11 +74,15 @@ def answer_logits(model, tokenizer, rows):
 
 @torch.no_grad()
 def generate(model, tokenizer, task, rows, args):
-    """Greedy answers {row: text} to some of a task's test prompts, from the prompts alone."""
-    prompts = {i: cut(task.test[i], task.limit, tokenizer.bos_token_id) for i in rows}
-    groups = passes(rows, TOKENS_IN_CACHE * args.tokens, lambda i: len(prompts[i]) + task.max_new)
+    """Greedy answers {row: text} to some rows of a task's test prompts, from the prompts alone.
+    Every process gets all answers."""
+    prompts = {i: cut(task.test_prompts[i], task.limit, tokenizer.bos_token_id) for i in rows}
+
+    def in_passes(own):
+        return passes(own, TIMES_IN_CACHE * args.tokens, lambda i: len(prompts[i]) + task.max_new)
+
     texts = {}
-    for some in processes.share(groups, idle=[]):
+    for some in processes.own_passes(rows, in_passes, idle=[]):
         # The prompts are padded on the left, so that every answer begins at the same position.
         own = [prompts[i] for i in some] or [ids for ids, _ in IDLE]
         ids, mask = pad(own, tokenizer.pad_token_id, "left")

@@ -1,6 +1,5 @@
 """What several processes of one run (torchrun) share. With one process, all of it does nothing."""
 
-import math
 import os
 import sys
 
@@ -40,27 +39,17 @@ def shards():
     return options
 
 
-def share(rows, idle=None):
-    """This process's part of a list. With a sharded base every part is as long, and what lacks in
-    the last parts is `idle`."""
-    rows = [*rows]
-    mine = rows[RANK::WORLD]
-    if SHARDED:
-        mine += [idle] * (math.ceil(len(rows) / WORLD) - len(mine))
-    return mine
-
-
-def share_in_passes(rows, split, idle):
-    """The passes that split() makes of this process's part of some rows. With a sharded base they
-    are as many as those of any other process, and what lacks is `idle`."""
+def own_passes(rows, split, idle):
+    """The passes that split() makes of this process's share of some rows. With a sharded base they
+    are as many as those of any other process: where it has fewer, `idle` makes up for them."""
     if not SHARDED:
         return split(rows[RANK::WORLD])
     plans = [[*split(rows[rank::WORLD])] for rank in range(WORLD)]
     return plans[RANK] + [idle] * (max(map(len, plans)) - len(plans[RANK]))
 
 
-def total(*tensors):
-    """Sum each tensor over all processes, in place."""
+def add_up(*tensors):
+    """Replace each tensor by its sum over all processes."""
     for x in tensors if WORLD > 1 else ():
         torch.distributed.all_reduce(x)
 

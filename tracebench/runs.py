@@ -64,7 +64,7 @@ def claim(folder, options, go_on=False, force=False):
 
 
 @contextlib.contextmanager
-def claimed(args):
+def locked_folders(args):
     """{folder: Args} of the runs that were asked for, one for each seed. They stay locked."""
     seeds, runs = listed(args.seeds), {}
     for seed in seeds:
@@ -166,8 +166,10 @@ class Record:
         self.result[f"seconds_{what}"] += now - self.clock
         self.clock = now
 
-    def save(self, adapter, task, source, parameters, report):
+    def save_and_reopen(self, adapter, task, source, num_trained, report):
         """Write the adapter of a finished task, and return it as it is read from that file.
+
+        num_trained: how many numbers were trained. report: what end_task() returned.
 
         What is tested and goes on is always what is on the disk. So a run that was interrupted and
         one that was not end with the same, and every score is one of the file.
@@ -181,7 +183,7 @@ class Record:
         processes.wait()
         adapter.detach()
         result["bytes"].append(file.stat().st_size)
-        result["parameters"] = sum(p.numel() for p in parameters)
+        result["parameters"] = num_trained
         result["tokens"] += task.epochs * sum(len(ids) for ids, _ in task.train)
         for key, value in (("source", source), ("new", report["new"]), ("used", report["share"]),
                            ("epochs", task.epochs)):
@@ -207,7 +209,7 @@ class Record:
             write_json(self.state, result)
         return row
 
-    def finish(self, about, zero_shot):
+    def finish(self, facts, zero_shot):
         """Write the result and the last adapter under their final names; the rest goes."""
         if processes.RANK > 0:
             return
@@ -219,20 +221,20 @@ class Record:
         tail = summarize(result["R_tail"]) if result["R_tail"] else {}
         scores = summarize(result["R"], zero_shot) | {
             "zero_shot": zero_shot, "op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")}
-        write_json(self.folder / f"{self.method}.json", about | result | scores)
+        write_json(self.folder / f"{self.method}.json", facts | result | scores)
         for file in (self.state, *adapters):
             file.unlink(missing_ok=True)
 
 
-def about(record, model, tasks):
-    """What a result file says of its run, beside the scores."""
+def facts(record, model, tasks):
+    """What a result file says of its run, beside the scores: options, examples, memory, versions."""
     cuda = model.device.type == "cuda"
     threads = f"{model.device.type}, {torch.get_num_threads()} threads"
     return {
         "method": record.method, "args": dataclasses.asdict(record.args), "tasks": record.tasks,
-        "examples": {t.name: [len(t.train), len(t.test)] for t in tasks},
+        "examples": {t.name: [len(t.train), len(t.test_prompts)] for t in tasks},
         "asked": {t.name: [{"prompt": row["prompt"], "answer": gold}
-                           for row, gold in zip(t.texts[1][:2], t.golds)] for t in tasks},
+                           for row, gold in zip(t.test_texts[:2], t.golds)] for t in tasks},
         "peak_memory_bytes": peak_memory(model.device), "processes": processes.WORLD,
         "device": torch.cuda.get_device_name() if cuda else threads,
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
