@@ -23,7 +23,7 @@ is ruled out by construction.
     mose = MoSE(model)
     mose.begin_task("FOMC")
     mose.observe(prompt_ids)                            # makes the key that recognises the task
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=2.5 / model.config.hidden_size)
     for ids, labels in batches:
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
@@ -121,9 +121,9 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
-        # DIFFERS: here the weights outside the mask learn too, and there only their scores do. B
-        # starts at 0, where the gradient of a score is 0. So if the weights did not move, an entry
-        # of B that is outside the mask could never get into it.
+        # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
+        # do. But B starts at 0, where the gradient of a score is 0. So if these weights did not
+        # move, an entry of B that is outside the mask could never get into it.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
