@@ -122,8 +122,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
-        # do. But B starts at 0, where the gradient of a score is 0. So if these weights did not
-        # move, an entry of B that is outside the mask could never get into it.
+        # do. But B starts at 0, where the gradient of a score is 0. So if a weight outside the mask
+        # did not move, its score would stay as it was drawn.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
@@ -207,8 +207,6 @@ class SubExperts(nn.Module):
         has the lineage [5, 2] if it starts from task 2, which started as the bare base.
         need: the share, 0 .. 1, of the usual number of new entries that it owns.
         """
-        expect(not self.weight.is_meta, "the experts were offloaded with the base (meta device): "
-               "begin the task first, and offload then")
         self.is_open = True
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
@@ -272,14 +270,17 @@ class SubExperts(nn.Module):
 
     @torch.no_grad()
     def learned(self):
-        """What the open task has learned: its new entries (N,), their values, its router."""
-        new = self.select()
-        return new, self.weight[new], self.router.detach().to("cpu", copy=True)
+        """What the open task has learned: its new entries, a bool mask (N,), and its router."""
+        return self.select(), self.router.detach().to("cpu", copy=True)
 
-    def finish(self, name, number, new, values, router):
-        """Freeze what the open task has learned, under its name and number."""
-        self.frozen[new] = values
-        self.owner[new] = number
+    @torch.no_grad()
+    def finish(self, name, number, new, router):
+        """Freeze what the open task has learned, under its name and number.
+
+        Nothing here takes memory, so it can't fail after some layers are done.
+        """
+        torch.where(new, self.weight, self.frozen, out=self.frozen)
+        self.owner.masked_fill_(new, number)
         self.routers[name] = router
         self.is_open = False
 
@@ -373,7 +374,7 @@ class SubExperts(nn.Module):
 
 # ------------------------------------------------------------------------------ the whole
 
-WELL_BELOW = 0.75  # a source must leave less than this share of the error without a source
+WELL_BELOW = 0.75  # a source is worth it if its error < WELL_BELOW * the error without a source
 
 
 class MoSE:
@@ -452,6 +453,8 @@ class MoSE:
                f"source: got {source!r}, expected None or one of {[*self.tasks]}")
         expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
         check_layers(self.model, self.layers)
+        expect(not any(layer.weight.is_meta for layer in self.layers), "the experts were offloaded "
+               "with the base (meta device): begin the task first, and offload then")
         # All processes have to draw the same numbers.
         seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -596,9 +599,11 @@ class MoSE:
     # =========================================================================================
 
     def _remember_base(self, targets):
-        """Keep what `detach` gives back, and by what a saved file recognises its base."""
+        """Keep what `detach` gives back, and what `load` compares with the base of a file."""
         self.trainable_before = [p for p in self.model.parameters() if p.requires_grad]
         self.base = fingerprint(self.model)
+        # Versions of transformers name some tensors differently, but these modules (by their paths)
+        # have to be in both bases: see `differences`.
         needed = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in needed]
         self.packed = {}  # {number: its entries as few bytes}: see `_pack`
@@ -789,27 +794,12 @@ class MoSE:
 
 # ------------------------------------------------------------------------------ task keys
 
-# A token is common to a task if this share of its prompts holds it. Not all of them have to: one
-# prompt without the chat template must not hide the template.
-COMMON = 0.95
-# The pooled covariance is shrunk towards a multiple of the identity, which counts as much as
-# SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
-# prompts differ.
-SHRINKAGE = 0.25
-# "None of these" is a class with the mean of the best task and this many times its standard
-# deviation. A prompt is as likely to be of either where its squared distance from the mean is
-# 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts.
-WIDER = 3.0
-# A task counts one imaginary prompt. Its squared distance from the mean is this share of the mean's
-# squared length, in all directions alike. So a task of equal prompts has a variance too.
-IMAGINARY = 0.01
-
-
 class TaskKeys:
     """How a prompt finds its task: each task is a Gaussian in the space of mean token embeddings.
 
     A task has a mean and a variance of its own, and all tasks share the shape of one covariance
-    (linear discriminant analysis). Only running sums are kept, and no prompt.
+    (linear discriminant analysis). A prompt can also belong to none of them: this is one more
+    Gaussian, which is wider. Only running sums are kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
@@ -822,6 +812,21 @@ class TaskKeys:
             is forgotten, since it tells how prompts differ in general.
     count   number of the prompts in `pooled`
     """
+
+    # A token is common to a task if this share of its prompts holds it. Not all of them have to:
+    # one prompt without the chat template must not hide the template.
+    COMMON = 0.95
+    # A task counts one imaginary prompt. Its squared distance from the mean is this share of the
+    # mean's squared length, in all directions alike. So a task of equal prompts has a variance too.
+    IMAGINARY = 0.01
+    # The pooled covariance is shrunk towards a multiple of the identity, which counts as much as
+    # SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
+    # prompts differ.
+    SHRINKAGE = 0.25
+    # "None of the tasks" has the mean of the most likely task, and this many times its standard
+    # deviation. It is as likely as that task where the squared distance of a prompt from the mean
+    # is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts.
+    WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
         self.embedding = embedding
@@ -891,15 +896,15 @@ class TaskKeys:
                       for token, weight in common.items() if token in tokens}
         else:
             count = more
-            scatter += IMAGINARY * mean.square().mean() * torch.eye(len(mean), **FP32)
+            scatter += self.IMAGINARY * mean.square().mean() * torch.eye(len(mean), **FP32)
             squares = scatter.diagonal().mean().item()
         variance = squares / (count + 1)  # the one is the imaginary prompt
         common = {token: total / count for token, (held, total) in tokens.items()
-                  if held >= COMMON * count}
+                  if held >= self.COMMON * count}
         self.tasks[name] = count, mean.float(), variance, common
-        # The means of short prompts vary more. Divided by sqrt(variance), such a task counts more
-        # than others in the pooled covariance, but does not dominate it. Tasks that are hard to
-        # tell apart are often of this kind.
+        # A task of short prompts has a large variance. Undivided, its scatter would dominate the
+        # pooled covariance; divided by the variance, it would count like any other. It should count
+        # more, since such tasks are harder to tell apart: sqrt(variance) lies between.
         self.pooled += scatter / math.sqrt(variance)
         self.count += more
         self.restore(*self.state())  # rounds `pooled`, so that saving it changes nothing
@@ -920,8 +925,11 @@ class TaskKeys:
 
         dim = len(self.pooled)
         pooled = self.pooled / self.count
-        typical = pooled.diagonal().mean()  # the tasks' sqrt(variance), averaged over all prompts
-        pooled = pooled + SHRINKAGE * dim / self.count * typical * torch.eye(dim, **FP32)
+        # What was divided by sqrt(variance) has the size of a standard deviation, no longer of a
+        # variance.
+        typical_deviation = pooled.diagonal().mean()
+        shrinkage = self.SHRINKAGE * dim / self.count
+        pooled = pooled + shrinkage * typical_deviation * torch.eye(dim, **FP32)
         shape = pooled / pooled.diagonal().mean()  # of variance 1, as a mean over the dimensions
         root = torch.linalg.cholesky(shape)
         logits, ratios = [], []
@@ -932,18 +940,18 @@ class TaskKeys:
             x = self.embed(table, shared, weights) + (1 - weights.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,), squared, a mean over the dimensions
-            # The variance is between the task's own and that of all tasks. With its own alone, a
-            # prompt slightly off the mean of a narrow task would go to a wide one.
-            between = math.sqrt(variance) * typical
+            # The variance here is the geometric mean of the task's own and the typical one. With
+            # its own alone, a prompt slightly off the mean of a narrow task would go to a wide one.
+            between = math.sqrt(variance) * typical_deviation
             logits.append(-dim / 2 * (distance / between + between.log()))  # the log of a Gaussian
             ratios.append(distance / variance)  # about 1 for the task's own prompts
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
-        # CHOICE: "none of these" is one more class, around the mean of the best task and WIDER.
+        # CHOICE: "none of the tasks" is one more class, around the mean of the best task and WIDER.
         # Without it, a prompt far from every task would belong to the nearest for sure.
-        none = dim / 2 * (ratio * (1 - 1 / WIDER**2) - 2 * math.log(WIDER))  # its log odds
-        confidence = logits.softmax(1).amax(1) * torch.sigmoid(-none)
+        log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
+        confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
         confidence = confidence.masked_fill(torch.tensor(is_empty, device="cpu"), 0.0)
         names = [*self.tasks]

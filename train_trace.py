@@ -48,9 +48,10 @@ from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, padded_batches
 from tracebench.methods import attach, lessons, rate, tasks_to_test
 from tracebench.model import (
-    TIMES_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model, own_passes)
+    TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate,
+    load_model, passes_of_this_process)
 from tracebench.options import Args, parse
-from tracebench.runs import Record, Tested, draw, facts, locked_folders, note_data, unfinished
+from tracebench.runs import Record, Tested, draw, facts, locked_folders, check_data, unfinished
 from tracebench.scores import SCORES, floor, mean
 
 
@@ -63,8 +64,9 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     """
     method = record.method
     adapter = record.adapter(model)  # a new one, or that of an interrupted run
-    # A lesson is one task. Only for joint it is a single one, made of the examples of all tasks.
-    for t, task in record.remaining(lessons(method, tasks, args)):
+    # Each lesson is a task to train on. replay adds examples of earlier tasks to it, and joint has
+    # a single lesson, with the examples of all tasks.
+    for t, task in record.remaining(lessons(method, args, tasks)):
         bar.set_description(f"{method} {task.name}")
         torch.manual_seed(1000 * int(args.seeds) + t)
 
@@ -87,10 +89,12 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         # what goes on, is always what is on the disk.
         adapter = record.save_and_reopen(adapter, task, source, num_trained, report)
 
+        # By default all tasks that were seen so far; with --test ends, only the new one until the
+        # last lesson. A LoRA that goes on from task to task is also tested on the next one.
         tests = {}
-        for seen in tasks_to_test(t, method, tasks, args):
-            tests[seen.name] = evaluate(model, tokenizer, adapter, seen, args)
-        row = record.add(tests)
+        for tested in tasks_to_test(method, args, tasks, t):
+            tests[tested.name] = evaluate(model, tokenizer, adapter, tested, args)
+        row = record.add(tests)  # the mean score of each task with the task known, or None
         bar.write(f"{method:10} {t + 1} {task.name:12} {scores_in_words(row)}")
     adapter.detach()
 
@@ -113,7 +117,7 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         answer_tokens = sum(label != -100 for _, labels in batch for label in labels)
         loss = torch.zeros((), device=model.device)
         # The gradients of all passes add up to those of the batch, which may not fit into one.
-        for examples in own_passes(batch, args.tokens):
+        for examples in passes_of_this_process(batch, args.tokens):
             logits, labels, _ = answer_logits(model, tokenizer, examples)
             loss_of_pass = F.cross_entropy(logits, labels, reduction="sum") / answer_tokens
             loss_of_pass.backward()
@@ -151,7 +155,7 @@ def probe(model, tokenizer, task, args):
     """
     examples = task.probe_examples()
     wrong = torch.zeros((), device=model.device)
-    for some in own_passes(examples, TIMES_WITHOUT_GRADIENTS * args.tokens):
+    for some in passes_of_this_process(examples, TOKENS_FACTOR_WITHOUT_GRADIENTS * args.tokens):
         # A row of these for each answer token. An answer with a single wrong token is wrong.
         logits, labels, example_of_token = answer_logits(model, tokenizer, some)
         is_wrong = logits.argmax(-1) != labels
@@ -161,9 +165,9 @@ def probe(model, tokenizer, task, args):
 
 
 def evaluate(model, tokenizer, adapter, task, args):
-    """Test the adapter on a task, or the bare base (None). Returns a Tested: the score of each
-    test example with the task known (TIL) and, for MoSEs, with the task inferred from each prompt
-    (TaIL)."""
+    """Test an adapter on a task. Without one (None), the bare base is tested. Returns a Tested: the
+    score of each test example with the task known (TIL) and, for MoSEs, with the task inferred from
+    each prompt (TaIL)."""
     numbers = range(len(task.test_prompts))  # of the test examples
 
     def scores(answers):
@@ -181,7 +185,7 @@ def evaluate(model, tokenizer, adapter, task, args):
     for ids, mask in padded_batches(task.test_prompts, tokenizer):
         inferred += adapter.infer_task(ids, mask)
     # Where the right task was inferred, the answer is the one that is there already.
-    for name in {*inferred} - {task.name}:
+    for name in sorted({*inferred} - {task.name}):
         adapter.set_task(name)
         misled = [i for i in numbers if inferred[i] == name]
         answers |= generate(model, tokenizer, task, misled, args)
@@ -196,7 +200,9 @@ def scores_in_words(row):
 def test_once(record, model, tokenizer, tasks, args, bar):
     """For a method that learns nothing: the floor, or the bare base."""
     if record.method == "floor":
-        tests = {task.name: Tested(floor(task.metric, task.train_texts, task.test_texts)) for task in tasks}
+        tests = {}
+        for task in tasks:
+            tests[task.name] = Tested(floor(task.metric, task.train_texts, task.test_texts))
     else:
         tests = {task.name: evaluate(model, tokenizer, None, task, args) for task in tasks}
     bar.write(f"{record.method:25} {scores_in_words(record.add(tests))}")
@@ -227,17 +233,19 @@ def session(todo, runs, args):
     model, tokenizer = load_model(args)
     tasks = load_tasks(args, tokenizer, model)
     for folder in runs:
-        note_data(folder, tasks)
+        check_data(folder, tasks)
     for _, own, method in todo:
         if method not in ("floor", "base"):
-            attach(model, method, own).detach()  # a wrong option fails here, before any training
-    zero_shot = None  # scores of the bare base, from which forward transfer is counted
+            attach(method, own, model).detach()  # a wrong option fails here, before any training
+    # Forward transfer is a task's score before it is learned, less that of the bare base. With
+    # --test ends no task is tested before it is learned.
+    zero_shot = None
     if args.test == "all":
         zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
     records = [Record(folder, method, tasks, own) for folder, own, method in todo]
     steps = 0
-    for record in records:
-        for _, task in record.remaining(lessons(record.method, tasks, record.args)):
+    for record in records:  # floor and base have no lessons
+        for _, task in record.remaining(lessons(record.method, record.args, tasks)):
             steps += math.ceil(len(task.train) / args.batch) * task.epochs
     # One bar for everything. With smoothing=0, its estimate includes the time for tests.
     bar = tqdm(total=steps, unit="step", ncols=100, smoothing=0, disable=processes.RANK > 0)

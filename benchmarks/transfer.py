@@ -95,14 +95,14 @@ def related(seed):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         loop.probe = METHODS["reuse off"]
-        adapter = loop.attach(base[0], "mose", args)
+        adapter = loop.attach("mose", args, base[0])
         for name in EARLY:
             first = learn(adapter, base, load(args, *base, name), args)
             rows.append({"task": name, "size": 400, "method": "first time", **first})
         adapter.save(f"{folder}/early.pt")
         adapter.detach()
         for name in {*RELATED.values()}:
-            adapter = loop.attach(base[0], "lora", args)
+            adapter = loop.attach("lora", args, base[0])
             learn(adapter, base, load(args, *base, name), args)
             adapter.save(f"{folder}/{name}.pt")
             adapter.detach()
@@ -119,7 +119,7 @@ def related(seed):
             for method, file in methods.items():
                 loop.probe, lora = METHODS.get(method, loop.probe), method not in METHODS
                 kind = LoRA if lora else mose.MoSE
-                adapter = kind.load(base[0], file) if file else loop.attach(base[0], "lora", args)
+                adapter = kind.load(base[0], file) if file else loop.attach("lora", args, base[0])
                 before = {n: snapshot(adapter, base, task, n) for n in [*adapter.tasks]}
                 result = learn(adapter, base, task, args)
                 same = all(torch.equal(snapshot(adapter, base, task, n), before[n]) for n in before)
@@ -145,7 +145,8 @@ def variants(task, count):
                lambda p, a: (p + " turned", a.translate(turn)),
                lambda p, a: (p + " [", f"{a} ]")][:count]
     for i, change in enumerate(changes):
-        pairs = [[change(row["prompt"], row["answer"]) for row in rows] for rows in (task.train_texts, task.test_texts)]
+        both = task.train_texts, task.test_texts
+        pairs = [[change(row["prompt"], row["answer"]) for row in rows] for rows in both]
         yield f"{task.name} {i}", [[{"prompt": p, "answer": a} for p, a in rows] for rows in pairs]
 
 
@@ -170,7 +171,7 @@ def stream(seed, method, count):
         adapter = None
         for t, task in enumerate(tasks):
             if method == "task_lora" or not adapter:
-                adapter = loop.attach(base[0], method if method == "task_lora" else "mose", args)
+                adapter = loop.attach(method if method == "task_lora" else "mose", args, base[0])
             torch.manual_seed(1000 * seed + t)
             notes.append(begin_to_end(adapter, base, task, args))
             if method == "task_lora":

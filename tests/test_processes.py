@@ -62,7 +62,7 @@ def learned(file):
 
 def lora_weights(file):
     model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
-    return torch.cat([values.flatten() for values in LoRA.load(model, file).weights()])
+    return torch.cat([values.flatten() for values in LoRA.load(model, file).get_weights()])
 
 
 def test_two_processes_learn_the_same_masks_and_weights_as_one(runs):

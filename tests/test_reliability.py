@@ -153,7 +153,7 @@ def test_resume_refuses_data_that_has_changed_since(tmp_path, monkeypatch, guard
             train_trace.main(train_trace.parse(["--resume", "runs/r"]))
         file.write_bytes(before)
     else:
-        monkeypatch.setattr(train_trace, "note_data", lambda folder, tasks: None)
+        monkeypatch.setattr(train_trace, "check_data", lambda folder, tasks: None)
     train_trace.main(train_trace.parse(["--resume", "runs/r"]))
     assert Path("runs/r/lora.json").exists()
 

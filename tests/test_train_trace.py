@@ -113,7 +113,7 @@ def test_one_example_above_the_budget_is_said_and_trained_alone(base, capsys):
     task, = train_trace.load_tasks(args, base[1], base[0])
     assert "more than --tokens 3, so it makes a pass of its own" in capsys.readouterr().out
     sizes, answers = [], train_trace.answer_logits
-    adapter = train_trace.attach(base[0], "lora", args)
+    adapter = train_trace.attach("lora", args, base[0])
     adapter.begin_task("FOMC")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_trace, "answer_logits", lambda model, tokenizer, rows: (
@@ -131,10 +131,10 @@ def test_accumulation_does_not_change_what_is_learned(base, tokens):
         args = Args(**{**SHORT, "tasks": "FOMC", "tokens": size})
         task, = train_trace.load_tasks(args, tokenizer, model)
         torch.manual_seed(0)
-        adapter = train_trace.attach(model, "lora", args)
+        adapter = train_trace.attach("lora", args, model)
         adapter.begin_task("FOMC")
         train_trace.train(model, tokenizer, adapter.trainable_parameters(), task, args, 1e-4, QUIET)
-        weights.append(torch.cat([p.flatten() for p in adapter.weights()]))
+        weights.append(torch.cat([p.flatten() for p in adapter.get_weights()]))
         adapter.detach()
     assert torch.allclose(*weights, atol=2e-4)
     assert weights[0].abs().max() > 1e-2, "control: it did learn"
@@ -275,13 +275,13 @@ def test_a_run_of_one_step_moves_the_weights(base):
     moved = []
     for share in (train_trace.share_of_rate, lambda *given: 0.0):  # control: as it was
         torch.manual_seed(0)
-        adapter = train_trace.attach(base[0], "lora", args)
+        adapter = train_trace.attach("lora", args, base[0])
         adapter.begin_task("FOMC")
-        before = torch.cat([p.flatten() for p in adapter.weights()])
+        before = torch.cat([p.flatten() for p in adapter.get_weights()])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_trace, "share_of_rate", share)
             train_trace.train(*base, adapter.trainable_parameters(), task, args, 1e-2, QUIET)
-        after = torch.cat([p.flatten() for p in adapter.weights()])
+        after = torch.cat([p.flatten() for p in adapter.get_weights()])
         moved.append(float((after - before).abs().max()))
         adapter.detach()
     assert moved[0] > 1e-3 and moved[1] == 0.0
@@ -373,7 +373,7 @@ def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
     tasks = train_trace.load_tasks(args, base[1], base[0])
 
     def taught(method, args=args):
-        return [task.train for task in lessons(method, tasks, args)]
+        return [task.train for task in lessons(method, args, tasks)]
 
     own = [task.train for task in tasks]
     assert taught("lora") == own
@@ -388,7 +388,7 @@ def test_replay_trains_on_a_share_of_earlier_examples_and_joint_on_all(base):
 
 def test_ends_tests_each_task_when_it_is_learned_and_all_at_the_end(base):
     tasks = train_trace.load_tasks(Args(**{**SHORT, "tasks": ",".join(TASKS)}), base[1], base[0])
-    counts = {args.test: sum(len(tasks_to_test(t, "mose", tasks, args)) for t in range(8))
+    counts = {args.test: sum(len(tasks_to_test("mose", args, tasks, t)) for t in range(8))
               for args in (Args(), Args(test="ends"))}
     assert counts == {"all": 36, "ends": 15}
 

@@ -137,29 +137,29 @@ class LoRA:
 
     # ---- its file
 
-    def weights(self):
+    def get_weights(self):
         """All that is learned, in a list of tensors on the CPU."""
         return [p.detach().cpu().clone() for p in self.trainable_parameters()]
 
     @torch.no_grad()
-    def put(self, weights):
-        """The inverse of `weights`."""
+    def set_weights(self, weights):
+        """The inverse of `get_weights`."""
         for parameter, values in zip(self.trainable_parameters(), weights, strict=True):
             parameter.copy_(values)
 
-    def learned(self):
+    def content(self):
         """What the file holds: the weights stand there once, whatever the number of tasks."""
-        return {"tasks": [*self.tasks], "weights": self.weights()}
+        return {"tasks": [*self.tasks], "weights": self.get_weights()}
 
     def restore(self, tasks, weights):
-        """The inverse of `learned`."""
+        """The inverse of `content`."""
         self.tasks = dict.fromkeys(tasks)
-        self.put(weights)
+        self.set_weights(weights)
 
     def save(self, path):
         """Write one compressed file of fp32 numbers, as MoSE does, so that sizes compare."""
         buffer = io.BytesIO()
-        torch.save({"targets": self.targets, "config": self.config, **self.learned()}, buffer)
+        torch.save({"targets": self.targets, "config": self.config, **self.content()}, buffer)
         write_bytes(Path(path), lzma.compress(buffer.getvalue()))
 
     @classmethod
@@ -185,15 +185,15 @@ class LoRAPerTask(LoRA):
 
     def end_task(self):
         name, self.open = self.open, None
-        self.tasks[name] = self.weights()
+        self.tasks[name] = self.get_weights()
         return {"new": sum(values.numel() for values in self.tasks[name]), "share": 1.0}
 
     def set_task(self, name):
         if name is not None and name != self.open:
-            self.put(self.tasks[name])
+            self.set_weights(self.tasks[name])
         super().set_task(name)
 
-    def learned(self):
+    def content(self):
         return {"tasks": self.tasks}
 
     def restore(self, tasks):

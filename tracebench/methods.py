@@ -19,7 +19,7 @@ OURS = ("mose", "mose_fixed")
 IN_SEQUENCE = ("lora", "replay", "moe_lora")
 
 
-def attach(model, method, args, file=None):
+def attach(method, args, model, file=None):
     """The adapter of a method on `model`: as it lies in a file, or a new one."""
     if file:
         return KINDS[method].load(model, file)
@@ -48,7 +48,7 @@ def rate(method, args, model):
     return args.lr or RATE_TIMES_WIDTH / width
 
 
-def lessons(method, tasks, args):
+def lessons(method, args, tasks):
     """What a method learns, one Task after the other: nothing, for those that only are tested."""
     if method in ("floor", "base"):
         return []
@@ -66,7 +66,7 @@ def lessons(method, tasks, args):
     return plan
 
 
-def tasks_to_test(t, method, tasks, args):
+def tasks_to_test(method, args, tasks, t):
     """The tasks that are tested after lesson t: by default every task that was seen so far."""
     if method == "joint" or t == len(tasks) - 1:
         return tasks

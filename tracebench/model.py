@@ -8,8 +8,8 @@ from tracebench.data import cut, pad, passes, to_text
 
 # A pass without gradients takes less memory for each token than a training pass, so it may have
 # this many times --tokens. The tokens of a cache take even less, and larger passes decode faster.
-TIMES_WITHOUT_GRADIENTS = 4
-TIMES_IN_CACHE = 8
+TOKENS_FACTOR_WITHOUT_GRADIENTS = 4
+TOKENS_FACTOR_IN_CACHE = 8
 
 # The examples of a pass that a process makes only because others need its shard of the base:
 # padding, and no label.
@@ -49,7 +49,7 @@ def load_model(args):
     return model.eval(), tokenizer
 
 
-def own_passes(examples, tokens):
+def passes_of_this_process(examples, tokens):
     """This process's share of some examples, in lists for one pass of at most `tokens` tokens."""
     return processes.own_passes(examples, lambda own: passes(own, tokens), IDLE)
 
@@ -79,7 +79,8 @@ def generate(model, tokenizer, task, rows, args):
     prompts = {i: cut(task.test_prompts[i], task.limit, tokenizer.bos_token_id) for i in rows}
 
     def in_passes(own):
-        return passes(own, TIMES_IN_CACHE * args.tokens, lambda i: len(prompts[i]) + task.max_new)
+        limit = TOKENS_FACTOR_IN_CACHE * args.tokens
+        return passes(own, limit, lambda i: len(prompts[i]) + task.max_new)
 
     texts = {}
     for some in processes.own_passes(rows, in_passes, idle=[]):

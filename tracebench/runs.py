@@ -86,7 +86,7 @@ def unfinished(runs):
             for method in listed(own.methods) if not (folder / f"{method}.json").exists()]
 
 
-def note_data(folder, tasks):
+def check_data(folder, tasks):
     """Note in args.json which data a run reads, and how much of a prompt. Raises ValueError if an
     interrupted run of that folder began with other data."""
     file = folder / "args.json"
@@ -158,7 +158,7 @@ class Record:
     def adapter(self, model):
         """The adapter as the last lesson left it, or a new one; attached to the model."""
         file = self.folder / f"{self.method}-{self.done()}.pt" if self.done() else None
-        return attach(model, self.method, self.args, file)
+        return attach(self.method, self.args, model, file)
 
     def note_seconds(self, what):
         """Those since the last note."""
@@ -188,7 +188,7 @@ class Record:
         for key, value in (("source", source), ("new", report["new"]), ("used", report["share"]),
                            ("epochs", task.epochs)):
             result[key].append(value)
-        adapter = attach(adapter.model, self.method, self.args, file)
+        adapter = attach(self.method, self.args, adapter.model, file)
         self.note_seconds("training")
         return adapter
 
