@@ -163,8 +163,8 @@ class SubExperts(nn.Module):
 
     The task in force is what the forward pass applies. Each row of a batch may have another one:
     learning        whether the open task is in force; otherwise finished tasks are, or none
-    in_force        [(rows, matrices)] of the finished tasks in force: which rows of the batch have
-                    the task (None: all rows), and what `matrices` makes of its pool and its router
+    in_force        [(rows, pair)] of the finished tasks in force: which rows of the batch have the
+                    task (None: all rows), and the two matrices that its tokens are multiplied with
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
     """
 
@@ -484,7 +484,7 @@ class MoSE:
     def end_task(self):
         """Freeze what the open task has learned, and return what `capacity()` says of it.
 
-        If it runs out of memory, the task stays open: call it again.
+        If it runs out of memory while it selects the entries, the task stays open: call it again.
         """
         finite = all(p.isfinite().all() for p in self.trainable_parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
@@ -602,8 +602,8 @@ class MoSE:
         """Keep what `detach` gives back, and what `load` compares with the base of a file."""
         self.trainable_before = [p for p in self.model.parameters() if p.requires_grad]
         self.base = fingerprint(self.model)
-        # Versions of transformers name some tensors differently, but these modules (by their paths)
-        # have to be in both bases: see `differences`.
+        # `load` compares the tensors whose names both bases have. Of the adapted layers and of the
+        # embeddings, at least one tensor has to be among them.
         needed = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in needed]
         self.packed = {}  # {number: its entries as few bytes}: see `_pack`
@@ -663,7 +663,7 @@ class MoSE:
 
     def _pack(self, number, count):
         """The `count` entries that the task of this number owns, in all layers: (count, places,
-        values). Places and values are compressed bytes; of the places, the gaps between them.
+        values). Both are compressed bytes. Places are kept as the gaps between them.
         """
         # Entries of a task only ever become fewer. So the same count means the same entries, which
         # need not be compressed again.
@@ -816,8 +816,8 @@ class TaskKeys:
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
     # one prompt without the chat template must not hide the template.
     COMMON = 0.95
-    # A task counts one imaginary prompt. Its squared distance from the mean is this share of the
-    # mean's squared length, in all directions alike. So a task of equal prompts has a variance too.
+    # `merge` adds this share of |mean|^2 to the scatter of a new task, spread evenly over all
+    # dimensions, as if there were one more prompt. So a task of equal prompts has a variance too.
     IMAGINARY = 0.01
     # The pooled covariance is shrunk towards a multiple of the identity, which counts as much as
     # SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
@@ -825,7 +825,7 @@ class TaskKeys:
     SHRINKAGE = 0.25
     # "None of the tasks" has the mean of the most likely task, and this many times its standard
     # deviation. It is as likely as that task where the squared distance of a prompt from the mean
-    # is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts.
+    # is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts: there `log_odds` is 0.
     WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
@@ -940,8 +940,9 @@ class TaskKeys:
             x = self.embed(table, shared, weights) + (1 - weights.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,), squared, a mean over the dimensions
-            # The variance here is the geometric mean of the task's own and the typical one. With
-            # its own alone, a prompt slightly off the mean of a narrow task would go to a wide one.
+            # This is sqrt(variance * typical_deviation**2), between the task's own variance and the
+            # typical one. With its own alone, a prompt slightly off the mean of a narrow task would
+            # go to a wide one.
             between = math.sqrt(variance) * typical_deviation
             logits.append(-dim / 2 * (distance / between + between.log()))  # the log of a Gaussian
             ratios.append(distance / variance)  # about 1 for the task's own prompts
@@ -950,6 +951,7 @@ class TaskKeys:
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
         # CHOICE: "none of the tasks" is one more class, around the mean of the best task and WIDER.
         # Without it, a prompt far from every task would belong to the nearest for sure.
+        # The log odds of none against the best task, which has its own variance here.
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
@@ -1076,8 +1078,9 @@ def hooks_of(model):
 def check_layers(model, layers):
     """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
     hooks = hooks_of(model)
-    # A hook is there if a layer has it under its key. Or quantize_dynamic has made a copy of the
-    # layer: the copy has the hook under another key.
+    # A hook is in place if some module still has it under the id of its handle. quantize_dynamic
+    # copies a linear layer, and its copy has the same hook under another id: then the object that
+    # the hook belongs to is still there.
     owners = {id(owner) for owner in hooks.values()}
     for layer in layers:
         expect(layer.handle.id in hooks or id(layer) in owners,

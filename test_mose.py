@@ -551,7 +551,7 @@ def test_a_task_without_prompts_is_said_and_prompts_may_come_later():
     assert mose.infer_task(new) == [*"aaaabbbb"]
 
 
-def test_prompts_that_come_in_portions_make_the_same_key():
+def test_prompt_ids_that_come_in_portions_make_the_same_key():
     whole, late = attach(), learn(attach(), "a", "b")
     prompts = data("b", 64), data("more b", 64)
     for name in "ab":

@@ -18,7 +18,7 @@ All methods go through the same loop, data and order (replay takes some more ste
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
     moe_lora   a mixture of LoRAs without masks, in sequence, with one router for all tasks
     mose       MoSEs, with the task known (TIL) and inferred from the prompt (TaIL)
-    mose_fixed the same, but its routers stay as they were drawn
+    mose_fixed the same, but its routers stay as they were drawn, and are not trained
 
 Scores are TRACE's own, decoded greedily (TRACE samples at temperature 0.1). On real TRACE data they
 compare with papers that use its 0.5K split, order and metrics, for the same base model only. No
@@ -48,18 +48,19 @@ from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, padded_batches
 from tracebench.methods import attach, lessons, rate, tasks_to_test
 from tracebench.model import (
-    TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate,
-    load_model, passes_of_this_process)
-from tracebench.options import Args, parse
-from tracebench.runs import Record, Tested, draw, facts, locked_folders, check_data, unfinished
+    TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model,
+    passes_of_this_process)
+from tracebench.options import parse
+from tracebench.runs import (
+    Record, Tested, draw, expect_same_data, facts_of_run, locked_folders, unfinished)
 from tracebench.scores import SCORES, floor, mean
 
 
 def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     """The loop: learn all tasks with one method, and test those seen so far after each of them.
 
-    The adapter of every method has the methods of MoSE that are called here. Those for which a LoRA
-    has no use do nothing there: it starts from no other task, and it has no key.
+    The adapters of the other methods have the same verbs as MoSE. With a LoRA, best_source always
+    gives (None, 1.0), and observe does nothing, since it has no key.
     args: the options of this run alone, so that args.seeds is one number.
     """
     method = record.method
@@ -68,7 +69,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     # a single lesson, with the examples of all tasks.
     for t, task in record.remaining(lessons(method, args, tasks)):
         bar.set_description(f"{method} {task.name}")
-        torch.manual_seed(1000 * int(args.seeds) + t)
+        torch.manual_seed(1000 * int(args.seeds) + t)  # for what begin_task draws
 
         # A finished task that answers much of this one already is a good start for it (source). The
         # new task then needs only a part of the usual number of new entries (need). best_source
@@ -78,7 +79,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         adapter.begin_task(task.name, source, need)
 
         # The task's key, by which its prompts are recognised later, is made of all its prompts.
-        for ids, mask in padded_batches(task.train_prompts, tokenizer):
+        for ids, mask in padded_batches(task.train_prompt_ids, tokenizer):
             adapter.observe(ids, mask)
 
         parameters = adapter.trainable_parameters()
@@ -89,8 +90,9 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         # what goes on, is always what is on the disk.
         adapter = record.save_and_reopen(adapter, task, source, num_trained, report)
 
-        # By default all tasks that were seen so far; with --test ends, only the new one until the
-        # last lesson. A LoRA that goes on from task to task is also tested on the next one.
+        # With --test all these are the tasks that were seen so far. Methods that go on from task to
+        # task (lora, replay, moe_lora) are then tested on the next one too, for forward transfer.
+        # With --test ends it is the new task alone, and after the last lesson all of them.
         tests = {}
         for tested in tasks_to_test(method, args, tasks, t):
             tests[tested.name] = evaluate(model, tokenizer, adapter, tested, args)
@@ -168,7 +170,7 @@ def evaluate(model, tokenizer, adapter, task, args):
     """Test an adapter on a task. Without one (None), the bare base is tested. Returns a Tested: the
     score of each test example with the task known (TIL) and, for MoSEs, with the task inferred from
     each prompt (TaIL)."""
-    numbers = range(len(task.test_prompts))  # of the test examples
+    numbers = range(len(task.test_prompt_ids))  # of the test examples
 
     def scores(answers):
         score = SCORES[task.metric]
@@ -182,7 +184,7 @@ def evaluate(model, tokenizer, adapter, task, args):
         return Tested(known, answers=first_two)
 
     inferred = []  # for each test example, the task that its prompt seems to belong to
-    for ids, mask in padded_batches(task.test_prompts, tokenizer):
+    for ids, mask in padded_batches(task.test_prompt_ids, tokenizer):  # in the same order
         inferred += adapter.infer_task(ids, mask)
     # Where the right task was inferred, the answer is the one that is there already.
     for name in sorted({*inferred} - {task.name}):
@@ -233,7 +235,7 @@ def session(todo, runs, args):
     model, tokenizer = load_model(args)
     tasks = load_tasks(args, tokenizer, model)
     for folder in runs:
-        check_data(folder, tasks)
+        expect_same_data(folder, tasks)
     for _, own, method in todo:
         if method not in ("floor", "base"):
             attach(method, own, model).detach()  # a wrong option fails here, before any training
@@ -251,12 +253,12 @@ def session(todo, runs, args):
     bar = tqdm(total=steps, unit="step", ncols=100, smoothing=0, disable=processes.RANK > 0)
     for record in records:
         if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # for the peak memory in facts_of_run
         if record.method not in ("floor", "base"):
             learn_in_a_row(record, model, tokenizer, tasks, record.args, bar)
         elif not record.done():  # an interrupted run may have its scores, and no result file yet
             test_once(record, model, tokenizer, tasks, record.args, bar)
-        record.finish(facts(record, model, tasks), zero_shot)
+        record.finish(facts_of_run(record, model, tasks), zero_shot)
     bar.close()
 
 

@@ -49,7 +49,7 @@ def main():
         pool.axvline(e * width - 0.5, color="black", linewidth=0.6)
     pool.set_xticks([e * width + width / 2 for e in range(mose.config.num_experts)],
                     [f"expert {e}" for e in range(mose.config.num_experts)])
-    pool.set(title="who took which entry of A (q_proj, first layer)", ylabel="input dimension")
+    pool.set(title="which task owns which entry of A (q_proj, first layer)", ylabel="input dimension")
     bar = figure.colorbar(image, ax=pool, ticks=range(1, len(tasks) + 1))
     bar.ax.set_yticklabels(tasks, fontsize=9)
     bar.ax.invert_yaxis()  # in the order of learning, as the matrices below
@@ -65,7 +65,11 @@ def main():
     figure.colorbar(image, ax=router)
     for axis, (method, result) in zip(matrices, results.items()):
         title = {"lora": "one LoRA in sequence: scores", "mose": "MoSEs: scores"}[method]
-        report.draw_matrix(axis, result["R"], tasks, title, size=9)
+        # Of a LoRA there are also scores of tasks that it has not learned yet, and of MoSEs not.
+        learned = [[score if i <= t else None for i, score in enumerate(row)]
+                   for t, row in enumerate(result["R"])]
+        report.draw_matrix(axis, learned, tasks, title, size=9)
+        axis.set_xlabel("tested task")
     figure.suptitle(f"tiny-llm on trace-mini (synthetic), seed {options.seeds}, n = "
                     f"{result['examples'][task][1]} test examples a task", fontsize=11)
     figure.savefig(args.out, dpi=100)

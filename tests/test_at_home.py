@@ -169,7 +169,7 @@ def test_a_probe_gives_numbers_or_is_refused(shares):
 
 
 @pytest.mark.parametrize("ids, mask", [(data("a")[0], None), (data("a"), torch.ones(2, 8))])
-def test_prompts_of_another_shape_are_refused(ids, mask):
+def test_prompt_ids_of_another_shape_are_refused(ids, mask):
     refuses(r"expected ids and masks \(B, T\)", learn(attach(), "a").infer_task, ids, mask)
 
 

@@ -12,6 +12,7 @@ import torch
 import train_trace
 from mose import MoSE
 from tracebench.baselines import LoRA
+from tracebench.options import Args
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def test_two_processes_get_the_scores_of_one(runs, method):
 
 def learned(file):
     """Masks, values and keys of a file of MoSEs."""
-    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    model, _ = train_trace.load_model(Args(device="cpu"))
     mose = MoSE.load(model, file)
     values = torch.cat([layer.frozen for layer in mose.layers])
     masks = [layer.owner == lineage[0] for layer in mose.layers for lineage in mose.tasks.values()]
@@ -61,7 +62,7 @@ def learned(file):
 
 
 def lora_weights(file):
-    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    model, _ = train_trace.load_model(Args(device="cpu"))
     return torch.cat([values.flatten() for values in LoRA.load(model, file).get_weights()])
 
 

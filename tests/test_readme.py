@@ -18,6 +18,7 @@ from benchmarks import frontier, smollm2
 from figures import page as run_page
 from figures import report
 from tracebench.methods import METHODS
+from tracebench.options import Args
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +127,7 @@ def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     block, answering, *_ = (text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10
-    model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
+    model, tokenizer = train_trace.load_model(Args(device="cpu"))
     ids = torch.tensor([tokenizer(f"{word} one two")["input_ids"][:3] for word in ("a", "b")])
     tasks = {name: (ids + i, [(ids + i, ids)] * 3) for i, name in enumerate(("x", "y"))}
     scope = {"model": model, "tasks": tasks}
@@ -149,7 +150,7 @@ def test_the_example_by_hand_gives_what_it_says():
 
 def test_the_example_in_the_docstring_runs():
     block = re.search(r"\n    mose = MoSE.*?\n\n", mose.__doc__, re.S)[0]
-    model, _ = train_trace.load_model(train_trace.Args(device="cpu"))
+    model, _ = train_trace.load_model(Args(device="cpu"))
     ids = torch.arange(24).view(3, 8)
     scope = {"model": model, "MoSE": mose.MoSE, "torch": torch, "prompt_ids": ids}
     exec(textwrap.dedent(block), scope | {"batches": [(ids, ids)]})

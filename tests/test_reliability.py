@@ -20,7 +20,7 @@ import train_trace
 from mose import MoSE, MoSEConfig, SubExperts, top_k_mask
 from tracebench import runs
 from tracebench.data import encode
-from train_trace import Args
+from tracebench.options import Args
 
 reliability = pytest.importorskip("benchmarks.reliability")  # it needs hypothesis
 learn, tiny = reliability.learn, reliability.tiny
@@ -106,7 +106,7 @@ def test_resume_goes_alone_and_a_finished_run_is_left_alone(tmp_path, monkeypatc
 
 def test_resume_goes_on_in_the_folder_that_is_named(tmp_path, monkeypatch):
     """Moved, renamed, and called from another folder; data and model were given as relative."""
-    data = Path(train_trace.Args.data).parent
+    data = Path(Args.data).parent
     monkeypatch.chdir(data)
     args = train_trace.parse(["--model", "tiny-llm", "--data", "trace-mini", "--name", "r"])
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_resume_refuses_data_that_has_changed_since(tmp_path, monkeypatch, guard
             train_trace.main(train_trace.parse(["--resume", "runs/r"]))
         file.write_bytes(before)
     else:
-        monkeypatch.setattr(train_trace, "check_data", lambda folder, tasks: None)
+        monkeypatch.setattr(train_trace, "expect_same_data", lambda folder, tasks: None)
     train_trace.main(train_trace.parse(["--resume", "runs/r"]))
     assert Path("runs/r/lora.json").exists()
 

@@ -21,7 +21,7 @@ from tracebench.methods import METHODS, lessons, tasks_to_test
 from tracebench.options import PRESETS
 from tracebench.runs import Record, claim
 from tracebench.scores import TASKS, floor
-from train_trace import Args
+from tracebench.options import Args
 
 QUIET = tqdm(disable=True)
 SHORT = {"tasks": "FOMC,NumGLUE-cm", "max_train": 48, "max_test": 8, "epochs": "2"}
@@ -77,7 +77,7 @@ def test_generation_never_sees_the_answer(base):
         lambda module, inputs: seen.append(inputs[0].clone()))
     train_trace.generate(model, tokenizer, task, range(8), args)
     handle.remove()
-    expected, _ = pad(sorted(task.test_prompts, key=len), tokenizer.pad_token_id, "left")
+    expected, _ = pad(sorted(task.test_prompt_ids, key=len), tokenizer.pad_token_id, "left")
     assert torch.equal(seen[0], expected)
 
 
@@ -161,11 +161,11 @@ def sorted_task(tmp_path, base, **options):
 def test_samples_are_not_the_first_rows_and_are_the_same_for_all_seeds(tmp_path, base):
     for seeds in ("0", "1"):
         task, _ = sorted_task(tmp_path, base, max_train=100, max_test=24, seeds=seeds)
-        assert len(task.train) == 100 and len(task.golds) == len(task.test_prompts) == 24
+        assert len(task.train) == 100 and len(task.golds) == len(task.test_prompt_ids) == 24
         answers = [labels[-2] for _, labels in task.train]
         assert 30 < answers.count(answers[0]) < 70 and 4 < task.golds.count("A") < 20
         again, _ = sorted_task(tmp_path, base, max_train=100, max_test=24, seeds="7")
-        assert (again.train, again.test_prompts, again.golds) == (task.train, task.test_prompts, task.golds)
+        assert (again.train, again.test_prompt_ids, again.golds) == (task.train, task.test_prompt_ids, task.golds)
     assert {row["answer"] for row in by_answer(400)[:100]} == {"A"}, "control: of the first rows"
 
 
@@ -205,7 +205,7 @@ def test_the_loop_says_what_a_guess_leaves(tmp_path, base, monkeypatch):
 
 def test_more_rows_than_there_are_is_said_and_all_are_taken(tmp_path, base, capsys):
     task, _ = sorted_task(tmp_path, base, max_train=500, max_test=401)
-    assert len(task.train) == len(task.test_prompts) == 400
+    assert len(task.train) == len(task.test_prompt_ids) == 400
     said = capsys.readouterr().out
     assert said.count("sorted, --max_train: 500 were asked for, but there are 400") == 1
     assert said.count("sorted, --max_test: 401 were asked for, but there are 400") == 1
@@ -290,7 +290,7 @@ def test_a_run_of_one_step_moves_the_weights(base):
 # ------------------------------------------------------------------------------ the loop
 
 
-def test_prompts_of_any_length_and_script_are_learned_and_answered(tmp_path, monkeypatch):
+def test_prompt_ids_of_any_length_and_script_are_learned_and_answered(tmp_path, monkeypatch):
     texts = ["立场" * 20000, "Stadträte, " * 9000, "def f ( x ) : <EOL> " * 5000, "?"]
     rows = [{"prompt": f"{i} {text}", "answer": f"{text[:3]}."} for i, text in enumerate(texts)]
     data = task_folder(tmp_path / "data", json.dumps(rows), "long")
@@ -448,7 +448,7 @@ def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
     args = train_trace.parse([*options, "--data", data, "--tasks", "long", "--metric",
                               "long=rouge_l"])
     task, = train_trace.load_tasks(args, tokenizer, model)
-    assert task.limit < positions < len(task.test_prompts[0])
+    assert task.limit < positions < len(task.test_prompt_ids[0])
     read_by_training = task.train[0][0][:task.limit]
     asked, generate = [], transformers.LlamaForCausalLM.generate
 

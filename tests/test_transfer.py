@@ -5,6 +5,7 @@ import torch
 
 import train_trace
 from test_mose import attach, data, learn, reloaded, snapshot, step
+from tracebench.options import Args
 
 
 def left(mose, **shares):
@@ -94,7 +95,7 @@ def test_the_probe_counts_answers_that_are_not_right_in_every_token(monkeypatch)
     guess = torch.tensor([5, 2, 9, 2, 9, 9])  # the first is right, the others are not
     logits = torch.nn.functional.one_hot(guess, 10).float()
     monkeypatch.setattr(train_trace, "answer_logits", lambda *given: (logits, labels, example))
-    model, tokenizer = train_trace.load_model(train_trace.Args(device="cpu"))
-    args = train_trace.Args(tasks="FOMC", max_train=3)
+    model, tokenizer = train_trace.load_model(Args(device="cpu"))
+    args = Args(tasks="FOMC", max_train=3)
     task, = train_trace.load_tasks(args, tokenizer, model)
     assert train_trace.probe(model, tokenizer, task, args) == pytest.approx(2 / 3)

@@ -109,9 +109,9 @@ class Task:
     metric: str
     epochs: int
     train: list  # examples (ids, labels): labels are -100 on the prompt
-    train_prompts: list  # ids of all training prompts. They are not cut: a key is made of them, and
-    test_prompts: list  # the beginning of a prompt says most about its task
-    golds: list  # texts of the right answers to test_prompts, as the tokenizer can write them
+    train_prompt_ids: list  # ids of all training prompts. They are not cut: a key is made of them, and
+    test_prompt_ids: list  # the beginning of a prompt says most about its task
+    golds: list  # texts of the right answers to test_prompt_ids, as the tokenizer can write them
     limit: int  # tokens of a prompt that the model reads, its last ones
     max_new: int  # tokens that a tested answer may have
     train_texts: list  # rows {"prompt", "answer"} of train, before they became ids

@@ -76,7 +76,7 @@ def answer_logits(model, tokenizer, examples):
 def generate(model, tokenizer, task, rows, args):
     """Greedy answers {row: text} to some rows of a task's test prompts, from the prompts alone.
     Every process gets all answers."""
-    prompts = {i: cut(task.test_prompts[i], task.limit, tokenizer.bos_token_id) for i in rows}
+    prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in rows}
 
     def in_passes(own):
         limit = TOKENS_FACTOR_IN_CACHE * args.tokens

@@ -86,7 +86,7 @@ def unfinished(runs):
             for method in listed(own.methods) if not (folder / f"{method}.json").exists()]
 
 
-def check_data(folder, tasks):
+def expect_same_data(folder, tasks):
     """Note in args.json which data a run reads, and how much of a prompt. Raises ValueError if an
     interrupted run of that folder began with other data."""
     file = folder / "args.json"
@@ -226,13 +226,13 @@ class Record:
             file.unlink(missing_ok=True)
 
 
-def facts(record, model, tasks):
+def facts_of_run(record, model, tasks):
     """What a result file says of its run, beside the scores: options, examples, memory, versions."""
     cuda = model.device.type == "cuda"
     threads = f"{model.device.type}, {torch.get_num_threads()} threads"
     return {
         "method": record.method, "args": dataclasses.asdict(record.args), "tasks": record.tasks,
-        "examples": {t.name: [len(t.train), len(t.test_prompts)] for t in tasks},
+        "examples": {t.name: [len(t.train), len(t.test_prompt_ids)] for t in tasks},
         "asked": {t.name: [{"prompt": row["prompt"], "answer": gold}
                            for row, gold in zip(t.test_texts[:2], t.golds)] for t in tasks},
         "peak_memory_bytes": peak_memory(model.device), "processes": processes.WORLD,
