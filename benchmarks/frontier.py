@@ -2,6 +2,7 @@
 
     python -m benchmarks.frontier tiny      # all runs on tiny-llm, into runs/frontier
     python -m benchmarks.frontier memory    # ways to learn with less memory (needs bitsandbytes)
+    python -m benchmarks.frontier peft      # SHiRA and VeRA of peft (needs peft)
     python -m benchmarks.frontier report    # results/frontier.json, .md and .png of all that ran
 
 Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
@@ -85,6 +86,14 @@ CHANGES["8-bit Adam"] = """
 import bitsandbytes
 torch.optim.AdamW = bitsandbytes.optim.AdamW8bit
 """
+for kind in ("SHiRA", "VeRA"):
+    CHANGES[kind] = f"""
+from benchmarks import peft_tasks
+from tracebench import methods
+methods.KINDS["task_lora"] = peft_tasks.{kind}
+"""
+# {kind: (rank, rates)}: ranks that give a task about the bytes of a LoRA of rank 1.
+PEFT = {"SHiRA": (1, ("5e-3", "1e-2", "2e-2")), "VeRA": (256, ("1e-2", "3e-2", "1e-1"))}
 SCRIPT = """
 import functools, math, sys, torch, mose, train_trace
 from mose import SubExperts
@@ -142,19 +151,29 @@ def memory_jobs():
     return todo
 
 
-def final_loras(folder):
-    """The runs of task_lora on `test`, each rank at its best rate of the search."""
+def peft_search():
+    """The runs that look for the rate of SHiRA and of VeRA, as for the LoRAs."""
+    todo = {}
+    for kind, (rank, rates) in PEFT.items():
+        for rate in rates:
+            todo[f"search {kind} r{rank} {rate} 0"] = kind, [
+                "--test", "ends", "--seeds", "0", "--split", "eval", "--methods", "task_lora",
+                "--lora_rank", str(rank), "--lora_lr", rate]
+    return todo
+
+
+def final(folder, kind, change, rank, rates):
+    """The runs of a LoRA, or of another adapter, on `test`, at its best rate of the search."""
+    found = {}
+    for rate in rates:
+        file = folder / f"search {kind} r{rank} {rate} 0/task_lora.json"
+        found[rate] = json.loads(file.read_text())["op"]
+    rate = max(found, key=found.get)
     todo = {}
     for seed in SEEDS:
-        for rank, rates in LORA_RATES.items():
-            found = {}
-            for rate in rates:
-                file = folder / f"search task_lora r{rank} {rate} 0/task_lora.json"
-                found[rate] = json.loads(file.read_text())["op"]
-            rate = max(found, key=found.get)
-            todo[f"task_lora r{rank} {rate} {seed}"] = "", [
-                "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
-                "--lora_rank", str(rank), "--lora_lr", rate]
+        todo[f"{kind} r{rank} {rate} {seed}"] = change, [
+            "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
+            "--lora_rank", str(rank), "--lora_lr", rate]
     return todo
 
 
@@ -266,11 +285,11 @@ def draw(results, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("tiny", "memory", "report"))
+    parser.add_argument("what", choices=("tiny", "memory", "peft", "report"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     folder = Path("runs/frontier")
-    if args.what in ("tiny", "memory"):
+    if args.what != "report":
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             def run(some):
                 for done in [pool.submit(work, name, *job) for name, job in some.items()]:
@@ -278,11 +297,17 @@ def main():
 
             if args.what == "memory":
                 return run(memory_jobs())
+            if args.what == "peft":
+                run(peft_search())
+                for kind, (rank, rates) in PEFT.items():
+                    run(final(folder, kind, kind, rank, rates))
+                return
             every = jobs()
             run({name: job for name, job in every.items() if name.startswith("search")})
             # The last runs of the LoRAs follow from their search. Seed by seed, so that a part of
             # all this is a whole as well.
-            every |= final_loras(folder)
+            for rank, rates in LORA_RATES.items():
+                every |= final(folder, "task_lora", "", rank, rates)
             for seed in PAIRED:
                 own = [name for name in every if name.endswith(f" {seed}")]
                 own.sort(key=lambda name: not name.startswith(FIRST))
