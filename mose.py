@@ -1093,8 +1093,8 @@ def check_layers(model, layers):
 
 def autocast_off(device):
     """A context without autocast. Where it is off already, entering torch's own would take longer
-    than the products of a token."""
-    if torch.is_autocast_enabled(device.type):
+    than the products of a token. (An exported graph may run under autocast later.)"""
+    if torch.is_autocast_enabled(device.type) or torch.compiler.is_exporting():
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -236,9 +236,9 @@ def session(todo, runs, args):
     tasks = load_tasks(args, tokenizer, model)
     for folder in runs:
         expect_same_data(folder, tasks)
-    for _, own, method in todo:
+    for method in dict.fromkeys(method for _, _, method in todo):
         if method not in ("floor", "base"):
-            attach(method, own, model).detach()  # a wrong option fails here, before any training
+            attach(method, args, model).detach()  # a wrong option fails here, before any training
     # Forward transfer is a task's score before it is learned, less that of the bare base. With
     # --test ends no task is tested before it is learned.
     zero_shot = None

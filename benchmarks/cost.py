@@ -26,7 +26,7 @@ SETS = {"q, v": ("q_proj", "v_proj"),
 POOL = 4 + 4 + 4 + 4  # bytes of an entry: weight, score, frozen value, owner
 ADAM = 4 * 4  # two states of a weight and two of a score
 GRADIENTS = 4 + 4 + 1  # and the bool mask of inherited entries
-KEPT = 12  # what a pass keeps for backward: masked values, used entries, the matrices of a layer
+KEPT = 10  # what a pass keeps for backward: masked values, used entries, the matrices of a layer
 # A mask is stored as compressed gaps between its entries. For a share of 1 to 3 % at random places
 # these take about one byte for each entry.
 MASK = 1.0
@@ -148,8 +148,9 @@ def main():
                 sizes.append(smaller["pool"] + smaller["gradients"] + smaller["adam"])
             text.append(f"| {name} | {layers} | " + " | ".join(map(gb, sizes)) + " |")
     text += [
-        "", f"At half the rank and density {2 * CONFIG.density} a task has as many entries as above. What each "
-        "choice costs in score is not measured.",
+        "", f"At half the rank and density {2 * CONFIG.density} a task has as many entries as above. What these "
+        "choices cost in score on", "tiny-llm and trace-mini stands in the [frontier](frontier.md): `rank 8`, "
+        "`rank 4`, `bf16 states` and `8-bit Adam`.",
         "", "## The check", "",
         "On a random base of 4 layers with 512 hidden numbers, experts on all linear layers, after "
         "one step of AdamW:", "", "| | computed | measured |", "|---|---|---|"]

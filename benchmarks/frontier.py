@@ -218,12 +218,13 @@ def report(results):
     """Markdown from the JSON alone."""
     found = groups(results)
     lines = ["# Score against bytes\n",
-             "`python -m benchmarks.frontier tiny`, then `report`: tiny-llm on trace-mini (synthetic"
-             "), eight tasks in a row, 100 steps each, 100 `test` examples a task. Two CPU cores, "
-             "one thread a run. OP: mean score of all tasks at the end; ±: deviation over seeds. "
-             "The rules of the searches, and what each change is, stand in [the script]"
-             "(../benchmarks/frontier.py). The runs are of commit 6affaf3, whose method is that of "
-             "today. Seeds that are missing were not measured.\n",
+             "`python -m benchmarks.frontier tiny`, `memory`, `peft`, then `report`: tiny-llm on "
+             "trace-mini (synthetic), eight tasks in a row, 100 steps each, 100 `test` examples a "
+             "task. Two CPU cores, one thread a run. OP: mean score of all tasks at the end; ±: "
+             "deviation over seeds. The rules of the searches, and what each change is, stand in "
+             "[the script](../benchmarks/frontier.py). The runs are of several commits from 6affaf3 "
+             "on, between which the method changed by rounding alone. Seeds that are missing were "
+             "not measured.\n",
              "| method | seeds | OP | BWT | bytes a task | numbers kept a task |",
              "|---|---|---|---|---|---|"]
     for name, runs in found.items():
@@ -248,8 +249,9 @@ def report(results):
             error = statistics.stdev(gaps) / len(gaps) ** 0.5
             lines.append(f"| {one} - {other} | {len(both)} | {statistics.mean(gaps):+.1f} | "
                          f"{error:.1f} |")
-    lines += ["\n## Rates of the LoRAs (`eval`, seed 0)\n", "| rank and rate | OP |", "|---|---|"]
-    lines += [f"| {name.removeprefix('search task_lora ')} | {runs[0]['op']:.1f} |"
+    lines += ["\n## Rates of what is compared with MoSEs (`eval`, seed 0)\n",
+              "| method, rank and rate | OP |", "|---|---|"]
+    lines += [f"| {name.removeprefix('search ')} | {runs[0]['op']:.1f} |"
               for name, runs in found.items() if name.startswith("search")]
     return "\n".join(lines) + "\n"
 

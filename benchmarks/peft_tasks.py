@@ -7,8 +7,6 @@ trained has to be stored, and only that is counted.
 
 import warnings
 
-import torch
-
 from tracebench.baselines import LoRAPerTask
 
 

@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 
 from figures.report import public, spread
-from tracebench.methods import METHODS
+from tracebench.methods import METHODS, OURS
 from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,7 @@ def jobs(what, data):
         for seed in "012":
             for name, options in LONG.items():
                 todo[f"long {name} {seed}"] = [*own, "--seeds", seed, *options]
+            todo[f"long task_lora r1 {seed}"] += ["--lora_lr", best_rate_of_rank_1()]
         return todo
     own += ["--data", str(data)]
     if what == "gpu":
@@ -74,6 +75,16 @@ def jobs(what, data):
         return {"memory mose 0": [*own, "--methods", "mose"]}
     return {f"whole {methods} 0": [*own, "--methods", methods]
             for methods in ("floor,base", "mose", "lora", "task_lora", "replay", "joint")}
+
+
+def best_rate_of_rank_1():
+    """The rate that won the search; before it ran, that of the other LoRAs."""
+    found = {}
+    for rate in RATES:
+        file = Path(f"runs/search task_lora r1 {rate} 0/task_lora.json")
+        if file.exists():
+            found[json.loads(file.read_text())["op"]] = rate
+    return found[max(found)] if found else RATES[0]
 
 
 def work(name, options, model):
@@ -123,7 +134,7 @@ def of(results, start):
 
 def rate_of(run):
     """The learning rate of a run, in words."""
-    if run["method"] != "mose":
+    if run["method"] not in OURS:
         return run["args"]["lora_lr"]
     return run["args"]["lr"] or "2.5 / width = 4.3e-3"
 
@@ -157,7 +168,7 @@ def table(results, start, title, about, tasks):
     if "mose" not in methods:
         yield "\nMoSEs at the default density were not measured here with this version."
     for name, runs in methods.items():
-        if runs[0]["method"] == "mose":
+        if runs[0]["method"] in OURS:
             yield from about_moses(name, runs, methods)
     yield "\nAbove `floor` right after learning (less than ten points says nothing):\n"
     yield "| method | " + " | ".join(tasks) + " |"
@@ -211,7 +222,7 @@ def report(results):
     """Markdown from the JSON alone."""
     runs = [r for name, r in results["runs"].items()
             if r["tokens"] and not name.startswith("gpu ")]
-    lora = next(r for r in runs if r["method"] == "task_lora")
+    lora = results["runs"]["long task_lora 0: task_lora"]
     long = ("All eight tasks in a row, 100 `test` examples a task; ±: deviation over seeds (0, 1, "
             "..). Scores of the tasks are those at the end.")
     real = ("All training examples (500; MeetingBank 376, a stand-in) and all of `test` "
@@ -223,9 +234,9 @@ def report(results):
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 long`, `whole`, `gpu`, then `report`; except `gpu`, "
         f"{runs[0]['device']} for each run, two runs at a time on two cores. Other work ran beside "
-        "some, so their seconds compare with nothing. The LoRAs ran before train_trace.py was "
-        "rewritten. They are the same function as now, but other numbers were drawn, and the first "
-        "step of the warm-up had a rate of 0. A LoRA of rank 8 in bf16 has "
+        "some, so their seconds compare with nothing. The LoRAs of rank 8 ran before train_trace.py "
+        "was rewritten. They are the same function as now, but other numbers were drawn, and the "
+        "first step of the warm-up had a rate of 0. A LoRA of rank 8 in bf16 has "
         f"{2 * lora['parameters']:,} bytes a task. "
         "[`smollm2.json`](smollm2.json) holds every number. What is missing was not measured.",
         *table(results, "long ", "trace-mini (synthetic), 100 steps a task", long, TASKS),
@@ -236,6 +247,12 @@ def report(results):
                   f"\nBWT of `task_lora` is {run['bwt']:+.2f} there, and not exactly 0, though each "
                   "task has a file of its own: the answers to MeetingBank, of up to 515 tokens, "
                   "were not all the same when they were made again. The cause was not found."]
+    searched = of(results, "search ")
+    if searched:
+        lines += ["\n## The rate of a LoRA of rank 1\n\nC-STANCE and NumGLUE-ds of trace-mini, 100 "
+                  "steps each, `eval`, seed 0.\n", "| run | OP |", "|---|---|",
+                  *(f"| `{name}` | {spread([r['op'] for r in some])} |"
+                    for name, some in searched.items())]
     for run in of(results, "memory ").get("mose", []):
         lines += [f"\n## Memory\n\nScienceQA and MeetingBank of TRACE-0.5K, 96 training examples "
                   f"each, --tokens {run['args']['tokens']}: {cost([run])}."]

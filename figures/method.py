@@ -2,9 +2,9 @@
 
     python -m figures.method runs/trace-mini-0        # writes results/method.png
 
-Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that took
-it, and the gates of each token of one prompt in the last layer, from 0 to 1. Bottom: what every
-task scores after every other, for one LoRA trained in sequence and for MoSEs.
+Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that owns
+it, and the gates of each token of one prompt in the last layer, from 0 to 1. Bottom: what each
+task scores after it and after all later ones, for one LoRA trained in sequence and for MoSEs.
 """
 
 import argparse

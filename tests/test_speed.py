@@ -76,7 +76,7 @@ def test_masked_matrices_are_built_once_for_a_task_and_not_for_a_token(monkeypat
 
 
 def test_the_experts_of_a_layer_cost_two_products_with_its_tokens(monkeypatch):
-    """x [A | to_gates], and what comes of it times B: not one product for each expert or gate."""
+    """x [A | to_logits], and what comes of it times B: not one product for each expert or gate."""
     mose, sizes = learn(attach(num_experts=8, rank=2), "a"), []
 
     class Products(torch.overrides.TorchFunctionMode):

@@ -456,6 +456,24 @@ def test_hooks_of_accelerate_and_of_the_experts_do_not_meet(how):
     assert hasattr(model.lm_head, "_hf_hook") and torch.equal(snapshot(mose, "a", None), before)
 
 
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "control"])
+def test_an_exported_graph_runs_under_autocast(guard, monkeypatch):
+    """It was exported without, and a graph can't look whether autocast is on."""
+    guard or monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False)
+    mose = learn(attach(), "a")
+    linear = next(m for m in mose.model.modules() if hasattr(m, "sub_experts"))
+    x = torch.randn(2, 3, linear.in_features)
+    graph = torch.export.export(linear, (x,)).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        if not guard:
+            with pytest.raises(RuntimeError, match="[Dd]type"):
+                graph(x)
+            return
+        assert torch.allclose(graph(x), linear(x).float(), atol=0.02)
+        mose.set_task(None)
+        assert not torch.allclose(graph(x), linear(x).float(), atol=0.02)  # it has the task in it
+
+
 def test_an_exported_graph_is_that_of_the_task_in_force():
     class Logits(torch.nn.Module):
         def __init__(self, model):
