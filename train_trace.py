@@ -8,7 +8,8 @@ The first command needs no network and uses synthetic data: a real causal LM of 
 eight generated stand-ins for the TRACE tasks, in their format, names, order and metrics. It shows
 the method, not TRACE.
 
-All methods go through the same loop, data and order (replay takes some more steps):
+All methods go through the same loop and data, in the same order of tasks (joint has no order, and
+replay takes some more steps):
 
     floor      no model: one constant answer, or a piece of the prompt, whichever is best on train
     base       the model as it is
@@ -60,13 +61,15 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     """The loop: learn all tasks with one method, and test those seen so far after each of them.
 
     The adapters of the other methods have the same verbs as MoSE. With a LoRA, best_source always
-    gives (None, 1.0), and observe does nothing, since it has no key.
-    args: the options of this run alone, so that args.seeds is one number.
+    gives (None, 1.0), and observe does nothing, since it has no key. Where one LoRA serves all tasks,
+    set_task takes any name.
+    record: what this method has done so far with this seed, kept on the disk: its adapter, which
+    lessons remain, and all scores. args: the options, with this one seed in args.seeds, as text.
     """
     method = record.method
-    adapter = record.adapter(model)  # a new one, or that of an interrupted run
-    # Each lesson is a task to train on. replay adds examples of earlier tasks to it, and joint has
-    # a single lesson, with the examples of all tasks.
+    adapter = record.adapter(model)  # a new one, or that of the last lesson before an interruption
+    # Each lesson is a task to train on. replay adds examples of earlier tasks to it. joint has a
+    # single lesson, with the examples of all tasks, each as often as its own task's epochs say.
     for t, task in record.remaining(lessons(method, args, tasks)):
         bar.set_description(f"{method} {task.name}")
         torch.manual_seed(1000 * int(args.seeds) + t)  # for what begin_task draws
@@ -173,7 +176,8 @@ def evaluate(model, tokenizer, adapter, task, args):
     numbers = range(len(task.test_prompt_ids))  # of the test examples
 
     def scores(answers):
-        score = SCORES[task.metric]
+        score = SCORES[task.metric]  # some metrics compare an answer with the prompt as well
+        # golds are the right answers as the tokenizer can write them: some change a text (NFC).
         return [score(answers[i], task.golds[i], task.test_texts[i]["prompt"]) for i in numbers]
 
     if adapter:
@@ -211,7 +215,8 @@ def test_once(record, model, tokenizer, tasks, args, bar):
 
 
 def main(args):
-    """Every method with every seed, each with its own result file; then tables and figures."""
+    """Every method with every seed; then tables and figures. Each seed is a run, with a folder of
+    its own, and each method has a result file there."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
