@@ -73,7 +73,7 @@ class MoSEConfig:
     density: float = 0.01  # in (0, 1], the share of the free entries that a new task owns
     scale: float = 8.0  # > 0, factor of the experts' sum
     router_dim: int = 16  # P >= 1
-    router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates differ from the start
+    router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates are clearly unequal
     key_dim: int = 256  # >= 1, numbers of a task's key, at most as many as the embeddings have
 
     def __post_init__(self):
@@ -109,7 +109,8 @@ class StraightThrough(torch.autograd.Function):
     """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All are (N,).
 
     The backward pass ignores which entries are read. This is the straight-through estimator, by
-    which the scores of all free entries learn, as in Winning SubNetworks.
+    which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
+    entries move too, but `select` ignores them.)
     """
 
     @staticmethod
@@ -469,7 +470,7 @@ class MoSE:
                              "is under 1. forget() a task, or attach with more rank or density")
         self.last_number += 1
         self.open = name
-        self.open_sums = self.keys.new_sums()
+        self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
         self.set_task(name)
 
     def trainable_parameters(self):
@@ -576,6 +577,7 @@ class MoSE:
         expect(task in (None, self.open) or task in self.tasks,
                f"unknown task {task!r}: finished so far are {[*self.tasks]}")
         prompts = unpadded(input_ids, attention_mask)
+        expect(prompts, "got no prompts, expected at least one")
         if task in (None, self.open):
             self.keys.add(self.open_sums, prompts)
         else:
@@ -602,8 +604,8 @@ class MoSE:
         """Keep what `detach` gives back, and what `load` compares with the base of a file."""
         self.trainable_before = [p for p in self.model.parameters() if p.requires_grad]
         self.base = fingerprint(self.model)
-        # `load` compares the tensors whose names both bases have. Of the adapted layers and of the
-        # embeddings, at least one tensor has to be among them.
+        # `load` compares the tensors whose names both bases have. Each adapted layer, and the
+        # embeddings, must have at least one tensor among them.
         needed = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in needed]
         self.packed = {}  # {number: its entries as few bytes}: see `_pack`
@@ -748,16 +750,18 @@ class MoSE:
         mose = cls(model, config)
         try:
             mose._restore(**state)
-            wanted = [*mose.tasks] if tasks is None else [*tasks]
-            unknown = [name for name in wanted if name not in mose.tasks]
-            expect(not unknown, f"it has no tasks {unknown}, but {[*mose.tasks]}")
-            for name in [*mose.tasks]:
-                if name not in wanted:
-                    mose.forget(name)
         except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError,
                 RuntimeError) as error:
             mose.detach()
             raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
+        wanted = [*mose.tasks] if tasks is None else [*tasks]
+        unknown = [name for name in wanted if name not in mose.tasks]
+        if unknown:
+            mose.detach()
+            raise ValueError(f"{path}: it has no tasks {unknown}, expected some of {[*mose.tasks]}")
+        for name in [*mose.tasks]:
+            if name not in wanted:
+                mose.forget(name)
         return mose
 
     def _restore(self, base, last_number, tasks, entries, routers, keys):
@@ -808,8 +812,9 @@ class TaskKeys:
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (key_dim, key_dim), the sum over all tasks of S / sqrt(variance), where S is the scatter
-            matrix of the task's prompts: the sum of (x - mean) (x - mean)^T. It stays when a task
-            is forgotten, since it tells how prompts differ in general.
+            matrix of the task's prompts: the sum of (x - mean) (x - mean)^T. (`merge` says why it
+            is divided so.) It stays when a task is forgotten, since it tells how prompts differ in
+            general.
     count   number of the prompts in `pooled`
     """
 
@@ -824,8 +829,8 @@ class TaskKeys:
     # prompts differ.
     SHRINKAGE = 0.25
     # "None of the tasks" has the mean of the most likely task, and this many times its standard
-    # deviation. It is as likely as that task where the squared distance of a prompt from the mean
-    # is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts: there `log_odds` is 0.
+    # deviation. Both are equally likely (`log_odds` in `infer` is 0) when the squared distance of a
+    # prompt from the mean is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts.
     WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
@@ -861,7 +866,8 @@ class TaskKeys:
 
     @torch.inference_mode(False)  # what is made in it can't be added to later
     def new_sums(self):
-        """The empty sums of a task."""
+        """The empty sums of a task: how many prompts, the sums of x and of x x^T, and of the tokens
+        {token: (how many prompts hold it, the sum of its weights)}."""
         dim = len(self.pooled)
         return {"count": 0, "x": self.pooled.new_zeros(dim),
                 "square": self.pooled.new_zeros(dim, dim), "tokens": {}}
@@ -889,16 +895,18 @@ class TaskKeys:
             count, gap = had + more, mean - old.double()
             # Two means that differ add to the scatter about their common mean.
             scatter += had * more / count * torch.outer(gap, gap)
+            # A variance counts the imaginary prompt as well.
             squares = (had + 1) * variance + scatter.diagonal().mean().item()
             mean = old.double() + more / count * gap
-            # What was common so far stays so only if the new prompts hold it too.
+            # What was common so far stays so only if the new prompts hold it too. It counts as if
+            # all earlier prompts had held it.
             tokens = {token: (had + tokens[token][0], had * weight + tokens[token][1])
                       for token, weight in common.items() if token in tokens}
         else:
             count = more
             scatter += self.IMAGINARY * mean.square().mean() * torch.eye(len(mean), **FP32)
             squares = scatter.diagonal().mean().item()
-        variance = squares / (count + 1)  # the one is the imaginary prompt
+        variance = squares / (count + 1)
         common = {token: total / count for token, (held, total) in tokens.items()
                   if held >= self.COMMON * count}
         self.tasks[name] = count, mean.float(), variance, common
@@ -951,7 +959,7 @@ class TaskKeys:
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
         # CHOICE: "none of the tasks" is one more class, around the mean of the best task and WIDER.
         # Without it, a prompt far from every task would belong to the nearest for sure.
-        # The log odds of none against the best task, which has its own variance here.
+        # The log odds of none against the best task, with the task's own variance, not `between`.
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
@@ -1070,7 +1078,7 @@ def check_model(model):
 
 
 def hooks_of(model):
-    """{key: object whose method it is, or None} of all forward hooks in a model."""
+    """{id: object whose method it is, or None} of all forward hooks in a model."""
     return {key: getattr(hook, "__self__", None) for module in model.modules()
             for key, hook in module._forward_hooks.items()}
 
@@ -1078,11 +1086,10 @@ def hooks_of(model):
 def check_layers(model, layers):
     """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
     hooks = hooks_of(model)
-    # A hook is in place if some module still has it under the id of its handle. quantize_dynamic
-    # copies a linear layer, and its copy has the same hook under another id: then the object that
-    # the hook belongs to is still there.
     owners = {id(owner) for owner in hooks.values()}
     for layer in layers:
+        # A hook that somebody has wrapped in a function still has its id. In a copy of the linear
+        # layer, which quantize_dynamic makes, it has another id and still belongs to `layer`.
         expect(layer.handle.id in hooks or id(layer) in owners,
                "the hook of a target is gone, so the layer would be the bare base: detach() this "
                "MoSE, and load() it again")
@@ -1197,7 +1204,8 @@ def fingerprint(model):
     # The frequencies of positions have several names too, so all of them are compared together.
     waves = sorted({tuple(numbers_of(wave)) for wave in frequencies(model)})
     result["frequencies of positions"] = [number for wave in waves for number in wave]
-    # Frequencies don't show everything: dynamic ones change only when a batch is long.
+    # Two settings of dynamic positions can have the same frequencies until a batch is long, so the
+    # settings are compared too.
     config = model.config.to_dict() if hasattr(model, "config") else {}
     for name, value in leaves(config):
         if "rope_" in name:

@@ -61,8 +61,8 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     """The loop: learn all tasks with one method, and test those seen so far after each of them.
 
     The adapters of the other methods have the same verbs as MoSE. With a LoRA, best_source always
-    gives (None, 1.0), and observe does nothing, since it has no key. Where one LoRA serves all tasks,
-    set_task takes any name.
+    gives (None, 1.0), and observe does nothing, since it has no key. Where one LoRA serves all
+    tasks, set_task takes any name.
     record: what this method has done so far with this seed, kept on the disk: its adapter, which
     lessons remain, and all scores. args: the options, with this one seed in args.seeds, as text.
     """
