@@ -262,7 +262,7 @@ class SubExperts(nn.Module):
         return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
 
     def can_learn(self):
-        """Whether the open task can change what the layer computes.
+        """Whether the open task, if it has no source, can change what the layer computes.
 
         B starts at 0, so it needs entries of B of its own. Those of A may be of earlier tasks.
         """
@@ -577,7 +577,6 @@ class MoSE:
         expect(task in (None, self.open) or task in self.tasks,
                f"unknown task {task!r}: finished so far are {[*self.tasks]}")
         prompts = unpadded(input_ids, attention_mask)
-        expect(prompts, "got no prompts, expected at least one")
         if task in (None, self.open):
             self.keys.add(self.open_sums, prompts)
         else:
@@ -1141,6 +1140,7 @@ def unpadded(input_ids, attention_mask):
     """The prompts (B, T) as a list of their ids (T,), without padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     expect(input_ids.dim() == 2 and mask.shape == input_ids.shape, "expected ids and masks (B, T)")
+    expect(len(input_ids) > 0, "got no prompts, expected at least one")
     prompts = [ids[own] for ids, own in zip(input_ids.cpu(), mask.cpu().bool())]
     expect(all(len(ids) for ids in prompts), "a prompt is nothing but padding")
     return prompts
@@ -1188,8 +1188,8 @@ def fingerprint(model):
     or accelerate may have moved them elsewhere.
     """
     for module in model.modules():
-        # FSDP2: between a pass and this, a layer may hold its whole weights, and a table that two
-        # modules share is then two tensors.
+        # FSDP2 may leave a layer unsharded after a pass. A table that two modules share would then
+        # be two tensors.
         if hasattr(module, "reshard"):
             module.reshard()
     tensors = [*model.named_parameters(remove_duplicate=False)]  # a tied table by all its names

@@ -76,21 +76,23 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
 
         # A finished task that answers much of this one already is a good start for it (source). The
         # new task then needs only a part of the usual number of new entries (need). best_source
-        # sets each finished task in turn and calls the probe.
+        # calls the probe under the bare base and under each finished task, and compares the errors
+        # with that of the best constant answer (guess).
         source, need = adapter.best_source(
-            lambda: probe(model, tokenizer, task, args), task.error_of_a_constant())
+            lambda: probe(model, tokenizer, task, args), guess=task.error_of_a_constant())
         adapter.begin_task(task.name, source, need)
 
         # The task's key, by which its prompts are recognised later, is made of all its prompts.
         for ids, mask in padded_batches(task.train_prompt_ids, tokenizer):
             adapter.observe(ids, mask)
 
-        parameters = adapter.trainable_parameters()
-        train(model, tokenizer, parameters, task, args, rate(method, args, model), bar)
-        num_trained = sum(p.numel() for p in parameters)
+        num_trained = sum(p.numel() for p in adapter.trainable_parameters())
+        train(model, tokenizer, adapter.trainable_parameters(), task, args,
+              rate(method, args, model), bar)
         report = adapter.end_task()
         # The adapter is saved, detached, and attached again from its file. So what is tested, and
-        # what goes on, is always what is on the disk.
+        # what goes on, is always what is on the disk. The lesson is done when its scores are added:
+        # after an interruption before that, it is learned again, from the adapter before it.
         adapter = record.save_and_reopen(adapter, task, source, num_trained, report)
 
         # With --test all these are the tasks that were seen so far. Methods that go on from task to
@@ -131,7 +133,7 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         if not loss.isfinite():
             raise ValueError(f"{task.name}: the loss is {loss} at step {step}: start again with a "
                              "lower rate (--lr of MoSEs, --lora_lr of the others) and another "
-                             "--name. Adapters of earlier tasks are safe")
+                             "--name. What was saved after the last task is still there")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         schedule.step()
@@ -172,12 +174,12 @@ def probe(model, tokenizer, task, args):
 def evaluate(model, tokenizer, adapter, task, args):
     """Test an adapter on a task. Without one (None), the bare base is tested. Returns a Tested: the
     score of each test example with the task known (TIL) and, for MoSEs, with the task inferred from
-    each prompt (TaIL)."""
+    each prompt (TaIL); and the first two answers, to be shown in the result file."""
     numbers = range(len(task.test_prompt_ids))  # of the test examples
 
     def scores(answers):
         score = SCORES[task.metric]  # some metrics compare an answer with the prompt as well
-        # golds are the right answers as the tokenizer can write them: some change a text (NFC).
+        # golds are the right answers as the tokenizer can write them, since some change a text.
         return [score(answers[i], task.golds[i], task.test_texts[i]["prompt"]) for i in numbers]
 
     if adapter:
