@@ -235,6 +235,7 @@ def streams(results):
     lines = ["\n## Growth\n",
              "The eight tasks of trace-mini, and for 32 tasks each in four variants: as it is, under "
              "another last line, with other letters as answers, and with answers in brackets. "
+             "Tasks come variant by variant, so the last 8 are those with brackets. "
              "`task_lora`: a LoRA of rank 1 for each task. `own alone`: MoSEs that do not read the "
              "entries of A of earlier tasks. `reuse off`: no task starts from another.\n",
              "| tasks | method | seeds | OP | OP, first 8 | OP, last 8 | bytes of a task, first 8 | "
