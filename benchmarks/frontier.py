@@ -92,8 +92,10 @@ from benchmarks import peft_tasks
 from tracebench import methods
 methods.KINDS["task_lora"] = peft_tasks.{kind}
 """
-# {kind: (rank, rates)}: ranks that give a task about the bytes of a LoRA of rank 1.
-PEFT = {"SHiRA": (1, ("5e-3", "1e-2", "2e-2")), "VeRA": (256, ("1e-2", "3e-2", "1e-1"))}
+# {kind: (rank, rates)}: ranks that give a task about the bytes of a LoRA of rank 1. The last rates
+# were added since the largest before them was the best.
+PEFT = {"VeRA": (256, ("1e-2", "3e-2", "1e-1", "3e-1")),
+        "SHiRA": (1, ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1"))}
 SCRIPT = """
 import functools, math, sys, torch, mose, train_trace
 from mose import SubExperts
