@@ -264,8 +264,12 @@ def draw(results, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for start, label, style in (("task_lora r", "one LoRA for each task, rank", "s--"),
-                                ("mose 0.", "MoSEs, density", "o-")):
+    below, above = -12, 7  # where the name of a point stands
+    for start, label, style, colour, side in (
+            ("task_lora r", "one LoRA for each task, rank", "s--", "#0072b2", below),
+            ("VeRA r", "one VeRA for each task, rank", "^", "#d55e00", above),
+            ("SHiRA r", "one SHiRA for each task, size of a LoRA of rank", "v", "#cc79a7", below),
+            ("mose 0.", "MoSEs, density", "o-", "black", below)):
         points = sorted(
             (statistics.mean(map(size, runs.values())), [r["op"] for r in runs.values()],
              name.removeprefix(start[:-1]).split()[0].removeprefix("mose "))
@@ -275,10 +279,9 @@ def draw(results, file):
         sizes, scores, names = zip(*points)
         means = [statistics.mean(some) for some in scores]
         errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in scores]
-        axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label,
-                      color="#0072b2" if "LoRA" in label else "black")
+        axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label, color=colour)
         for x, y, name in zip(sizes, means, names):
-            axis.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=9)
+            axis.annotate(name, (x, y), (5, side), textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="bytes a task, all that is saved",
              ylabel="OP: mean score of eight tasks",
              title="tiny-llm on trace-mini (synthetic). Bars: deviation over seeds, no bar: one seed")
