@@ -108,14 +108,11 @@ def jobs():
     """{name: (name of its change, options)} of all runs on tiny-llm, the most wanted first."""
     todo = {}
 
-    def add(name, seed, *options, change="", split="test"):
-        todo[f"{name} {seed}"] = change, ["--test", "ends", "--seeds", str(seed), "--split", split,
-                                          *options]
+    def add(name, seed, *options, change=""):
+        todo[f"{name} {seed}"] = change, ["--test", "ends", "--seeds", str(seed), *options]
 
     for rank, rates in LORA_RATES.items():
-        for rate in rates:
-            add(f"search task_lora r{rank} {rate}", 0, "--methods", "task_lora", "--lora_rank",
-                str(rank), "--lora_lr", rate, split="eval")
+        todo |= search("task_lora", "", rank, rates)
     for seed in SEEDS:
         for density in DENSITIES:
             add(f"mose {density}", seed, "--methods", "mose", "--density", density)
@@ -153,30 +150,25 @@ def memory_jobs():
     return todo
 
 
-def peft_search():
-    """The runs that look for the rate of SHiRA and of VeRA, as for the LoRAs."""
-    todo = {}
-    for kind, (rank, rates) in PEFT.items():
-        for rate in rates:
-            todo[f"search {kind} r{rank} {rate} 0"] = kind, [
-                "--test", "ends", "--seeds", "0", "--split", "eval", "--methods", "task_lora",
-                "--lora_rank", str(rank), "--lora_lr", rate]
-    return todo
+def search(kind, change, rank, rates):
+    """The runs that look for the rate of a LoRA, or of another adapter: `eval`, seed 0."""
+    return {f"search {kind} r{rank} {rate} 0": (change, [
+        "--test", "ends", "--seeds", "0", "--split", "eval", "--methods", "task_lora",
+        "--lora_rank", str(rank), "--lora_lr", rate]) for rate in rates}
 
 
 def final(folder, kind, change, rank, rates):
     """The runs of a LoRA, or of another adapter, on `test`, at its best rate of the search."""
-    found = {}
-    for rate in rates:
-        file = folder / f"search {kind} r{rank} {rate} 0/task_lora.json"
-        found[rate] = json.loads(file.read_text())["op"]
-    rate = max(found, key=found.get)
-    todo = {}
-    for seed in SEEDS:
-        todo[f"{kind} r{rank} {rate} {seed}"] = change, [
-            "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
-            "--lora_rank", str(rank), "--lora_lr", rate]
-    return todo
+    rate = best_rate({rate: folder / f"search {kind} r{rank} {rate} 0/task_lora.json"
+                      for rate in rates})
+    return {f"{kind} r{rank} {rate} {seed}": (change, [
+        "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
+        "--lora_rank", str(rank), "--lora_lr", rate]) for seed in SEEDS}
+
+
+def best_rate(files):
+    """Of {rate: result file}, the rate with the largest OP."""
+    return max(files, key=lambda rate: json.loads(files[rate].read_text())["op"])
 
 
 def work(name, change, options):
@@ -305,8 +297,8 @@ def main():
             if args.what == "memory":
                 return run(memory_jobs())
             if args.what == "peft":
-                run(peft_search())
                 for kind, (rank, rates) in PEFT.items():
+                    run(search(kind, kind, rank, rates))
                     run(final(folder, kind, kind, rank, rates))
                 return
             every = jobs()

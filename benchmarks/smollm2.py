@@ -34,6 +34,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.frontier import best_rate
 from figures.report import public, spread
 from tracebench.methods import METHODS, OURS
 from tracebench.scores import TASKS, mean
@@ -79,12 +80,9 @@ def jobs(what, data):
 
 def best_rate_of_rank_1():
     """The rate that won the search; before it ran, that of the other LoRAs."""
-    found = {}
-    for rate in RATES:
-        file = Path(f"runs/search task_lora r1 {rate} 0/task_lora.json")
-        if file.exists():
-            found[json.loads(file.read_text())["op"]] = rate
-    return found[max(found)] if found else RATES[0]
+    files = {rate: Path(f"runs/search task_lora r1 {rate} 0/task_lora.json") for rate in RATES}
+    searched = {rate: file for rate, file in files.items() if file.exists()}
+    return best_rate(searched) if searched else RATES[0]
 
 
 def work(name, options, model):

@@ -57,8 +57,7 @@ def setup(seed, split="test"):
     loop.transformers.logging.disable_progress_bar()
     loop.datasets.disable_progress_bars()
     metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy,Clash=accuracy"
-    args = Args(seeds=str(seed), device="cpu", metric=metrics, split=split,
-                     lora_lr=1e-2)
+    args = Args(seeds=str(seed), device="cpu", metric=metrics, split=split, lora_lr=1e-2)
     return args, *loop.load_model(args)
 
 
