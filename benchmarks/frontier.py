@@ -256,12 +256,12 @@ def draw(results, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    below, above = -12, 7  # where the name of a point stands
+    right, left = (5, -12), (-32, 4)  # where the name of a point stands
     for start, label, style, colour, side in (
-            ("task_lora r", "one LoRA for each task, rank", "s--", "#0072b2", below),
-            ("VeRA r", "one VeRA for each task, rank", "^", "#d55e00", above),
-            ("SHiRA r", "one SHiRA for each task, size of a LoRA of rank", "v", "#cc79a7", below),
-            ("mose 0.", "MoSEs, density", "o-", "black", below)):
+            ("task_lora r", "one LoRA for each task, rank", "s--", "#0072b2", right),
+            ("VeRA r", "one VeRA for each task, rank", "^", "#d55e00", left),
+            ("SHiRA r", "one SHiRA for each task, size of a LoRA of rank", "v", "#cc79a7", left),
+            ("mose 0.", "MoSEs, density", "o-", "black", right)):
         points = sorted(
             (statistics.mean(map(size, runs.values())), [r["op"] for r in runs.values()],
              name.removeprefix(start[:-1]).split()[0].removeprefix("mose "))
@@ -273,7 +273,7 @@ def draw(results, file):
         errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in scores]
         axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label, color=colour)
         for x, y, name in zip(sizes, means, names):
-            axis.annotate(name, (x, y), (5, side), textcoords="offset points", fontsize=9)
+            axis.annotate(name, (x, y), side, textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="bytes a task, all that is saved",
              ylabel="OP: mean score of eight tasks",
              title="tiny-llm on trace-mini (synthetic). Bars: deviation over seeds, no bar: one seed")
