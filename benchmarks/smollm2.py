@@ -74,8 +74,9 @@ def jobs(what, data):
     if what == "memory":
         own += ["--tasks", "ScienceQA,MeetingBank", "--max_train", "96", "--max_test", "20"]
         return {"memory mose 0": [*own, "--methods", "mose"]}
-    return {f"whole {methods} 0": [*own, "--methods", methods]
-            for methods in ("floor,base", "mose", "lora", "task_lora", "replay", "joint")}
+    methods = ("floor,base", "mose", "lora", "task_lora", "replay", "joint")
+    todo = {f"whole {some} 0": [*own, "--methods", some] for some in methods}
+    return todo | {"whole task_lora r1 0": [*own, *LONG["task_lora r1"]]}
 
 
 def best_rate_of_rank_1():
