@@ -368,9 +368,12 @@ class SubExperts(nn.Module):
         if self.is_open:
             super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         if self.is_open:
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected,
+                                          errors)
+        else:
+            unexpected += [key for key in state if key.startswith(prefix)]
 
 
 # ------------------------------------------------------------------------------ the whole
@@ -490,6 +493,7 @@ class MoSE:
         finite = all(p.isfinite().all() for p in self.trainable_parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
+        warn_of_unused(self.model, self.layers)
         name, number = self.open, self.lineage[0]
         learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
         for layer, what in zip(self.layers, learned):
@@ -1095,6 +1099,21 @@ def check_layers(model, layers):
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
                "the experts are sharded: shard the base first and attach the experts then, or pass "
                "all parameters of mose.layers as ignored_params (docs/works-with.md)")
+
+
+def warn_of_unused(model, layers):
+    """Warn of target layers that took no part in learning, while others did.
+
+    B starts at 0 and moves at the first step. Where it is still 0, no pass has called the layer:
+    some models read `weight` themselves, as the fast path of Mamba does.
+    """
+    unused = [layer for layer in layers if not layer.split(layer.weight)[1].any()]
+    paths = [path for path, module in model.named_modules()
+             if getattr(module, "sub_experts", None) in unused]
+    if len(unused) < len(layers) and paths:
+        warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No pass "
+                      "called them. If the model reads their weights itself, leave them out of "
+                      "targets", stacklevel=3)
 
 
 def autocast_off(device):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from mose import MoSE, SubExperts
+from mose import MoSE, MoSEConfig, SubExperts
 from test_mose import attach, data, guard, learn, refuses, snapshot, step, tiny  # noqa: F401
 
 # ------------------------------------------------------------------------------ casts and devices
@@ -117,6 +117,24 @@ def test_what_state_dict_gives_can_be_put_back():
     assert torch.equal(snapshot(mose, "b"), before)
 
 
+def test_a_state_dict_with_a_task_is_refused_while_none_is_open(guard, monkeypatch):
+    if not guard:  # off: it is passed over, and training would start anew without a word
+        monkeypatch.setattr(
+            SubExperts, "_load_from_state_dict", lambda layer, *args:
+            layer.is_open and torch.nn.Module._load_from_state_dict(layer, *args))
+    state = learn(attach(), "a", end=False).model.state_dict()
+    mose = attach()
+    if guard:
+        with pytest.raises(RuntimeError, match="Unexpected key.*q_proj.sub_experts.weight"):
+            mose.model.load_state_dict(state)
+    else:
+        mose.model.load_state_dict(state)
+    mose.begin_task("a")
+    mose.model.load_state_dict(state)
+    learned = state["model.layers.0.self_attn.q_proj.sub_experts.weight"]
+    assert torch.equal(mose.layers[0].weight, learned)
+
+
 def test_an_older_state_dict_does_not_undo_a_finished_task(guard, monkeypatch):
     if not guard:  # off: what finished tasks read is part of it
         register = SubExperts.register_buffer
@@ -130,6 +148,36 @@ def test_an_older_state_dict_does_not_undo_a_finished_task(guard, monkeypatch):
     mose.model.load_state_dict(state)
     mose.forget("b")
     assert torch.equal(snapshot(mose, "a"), before) == guard
+
+
+class ReadsWeight(torch.nn.Module):
+    """A layer that has a linear one. It calls that, or reads its weight without calling it."""
+
+    def __init__(self, linear, calls):
+        super().__init__()
+        self.inner, self.calls = linear, calls
+
+    def forward(self, x):
+        if self.calls:
+            return self.inner(x)
+        return torch.nn.functional.linear(x, self.inner.weight)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_target_that_is_never_called_is_warned_of(calls):
+    model = tiny()
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = ReadsWeight(mlp.down_proj, calls)
+    mose = MoSE(model, MoSEConfig(targets=("q_proj", "inner")))
+    learn(mose, "a", end=False)
+    if calls:
+        mose.end_task()
+    else:
+        with pytest.warns(UserWarning, match=r"1 in all: \['model.layers.1.mlp.down_proj.inner'\]"):
+            mose.end_task()
+    mose.begin_task("b"), mose.observe(data("b"))
+    mose.end_task()  # a task without a step of training is nobody's fault
 
 
 def test_gradients_of_a_dropped_task_do_not_reach_the_next(guard, monkeypatch):
