@@ -250,12 +250,37 @@ def report(results):
     return "\n".join(lines) + "\n"
 
 
-def draw(results, file):
-    """The picture: OP against bytes a task, of LoRAs and of MoSEs."""
+def in_bf16(results, rounded):
+    """The results with the scores and the bytes that benchmarks/bf16.py found."""
+    return {name: results[name] | {"op": found["op_bf16"], "bytes": [found["bytes_bf16"]]}
+            for name, found in rounded.items() if name in results}
+
+
+SCALE = (3, 5, 10, 20, 50)  # kB
+
+
+def draw(results, rounded, file):
+    """The picture: OP against bytes a task, in fp32 and in bf16."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    draw_points(axes[0], results)
+    draw_points(axes[1], in_bf16(results, rounded))
+    axes[0].set(ylabel="OP: mean score of eight tasks", title="values in fp32, as they are saved")
+    axes[1].set(title="the same adapters, values rounded to bf16")
+    for axis in axes:
+        axis.set(xscale="log", xlim=(2.5e3, 8e4), xlabel="kB a task, all that is saved")
+        axis.set_xticks([1000 * kB for kB in SCALE], SCALE)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[1].legend(loc="lower right")
+    figure.suptitle("tiny-llm on trace-mini (synthetic). Bars: deviation over seeds")
+    figure.savefig(file, dpi=100)
+
+
+def draw_points(axis, results):
+    """Each method at its sizes."""
     right, left = (5, -12), (-32, 4)  # where the name of a point stands
     for start, label, style, colour, side in (
             ("task_lora r", "one LoRA for each task, rank", "s--", "#0072b2", right),
@@ -274,12 +299,6 @@ def draw(results, file):
         axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label, color=colour)
         for x, y, name in zip(sizes, means, names):
             axis.annotate(name, (x, y), side, textcoords="offset points", fontsize=9)
-    axis.set(xscale="log", xlabel="bytes a task, all that is saved",
-             ylabel="OP: mean score of eight tasks",
-             title="tiny-llm on trace-mini (synthetic). Bars: deviation over seeds, no bar: one seed")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
-    figure.savefig(file, dpi=100)
 
 
 def main():
@@ -315,7 +334,8 @@ def main():
     results = collected(folder)
     (ROOT / "results/frontier.json").write_text(json.dumps(results) + "\n")
     (ROOT / "results/frontier.md").write_text(report(results), encoding="utf-8")
-    draw(results, ROOT / "results/frontier.png")
+    rounded = json.loads((ROOT / "results/bf16.json").read_text())
+    draw(results, rounded, ROOT / "results/frontier.png")
     print(report(results))
 
 

@@ -1,0 +1,133 @@
+"""What it costs to keep the values of finished adapters in bf16: bytes against score.
+
+    python -m benchmarks.bf16                          # runs/frontier: tiny-llm (needs peft)
+    python -m benchmarks.bf16 "runs/long mose 0" ..    # some folders of train_trace.py's runs
+    python -m benchmarks.bf16 report                   # results/bf16.md of results/bf16.json
+
+Each finished adapter is tested as it is, which must give the score of its run, exactly. Then the
+numbers that training made are rounded to bf16: the values of entries and the routers of MoSEs, A
+and B of a LoRA for each task, or what an adapter of peft trains. The adapter is saved, loaded, and
+tested again. MoSEs' masks and keys stay as they are. The rounding comes after all tasks are
+learned: so a task of MoSEs that reads entries of earlier ones learned with their fp32 values, and
+has those in bf16 when it is tested.
+
+Results are added to results/bf16.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from benchmarks import peft_tasks
+from benchmarks.frontier import groups
+from figures.report import spread
+from mose import MoSE
+from tracebench.data import load_tasks
+from tracebench.methods import KINDS
+from tracebench.model import load_model
+from tracebench.options import Args
+from tracebench.scores import mean
+from train_trace import evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results/bf16.json"
+
+
+def round_to_bf16(adapter):
+    """Round what training made."""
+    if not isinstance(adapter, MoSE):
+        adapter.tasks = {name: [w.bfloat16() for w in weights]
+                         for name, weights in adapter.tasks.items()}
+        return
+    for layer in adapter.layers:
+        layer.frozen.copy_(layer.frozen.bfloat16())
+        layer.routers = {name: router.bfloat16().float() for name, router in layer.routers.items()}
+    adapter.packed = {}  # what it holds of the file was made of the values before
+
+
+def score(adapter, model, tokenizer, tasks, args):
+    """OP: the mean score of all tasks, each with its own adapter in force."""
+    return mean([mean(evaluate(model, tokenizer, adapter, task, args).known) for task in tasks])
+
+
+def measure(folder, models):
+    """The result of one finished run. models: {path: (model, tokenizer, tasks)}, made once each."""
+    options = json.loads((folder / "args.json").read_text())["options"]
+    here = {"data": str(ROOT / "assets/trace-mini")}
+    if options["model"].endswith("tiny-llm"):
+        here["model"] = str(ROOT / "assets/tiny-llm")
+    args = dataclasses.replace(Args(**options), **here)
+    if args.model not in models:
+        model, tokenizer = load_model(args)
+        models[args.model] = model, tokenizer, load_tasks(args, tokenizer, model)
+    model, tokenizer, tasks = models[args.model]
+    file = folder / f"{args.methods}.pt"
+    result = json.loads(file.with_suffix(".json").read_text())
+    # The adapters of peft ran as if they were LoRAs (CHANGES of the frontier).
+    kind = getattr(peft_tasks, folder.name.split()[0], KINDS[args.methods])
+    adapter = kind.load(model, file)
+    before = score(adapter, model, tokenizer, tasks, args)
+    if before != result["op"]:
+        raise ValueError(f"{folder}: got an OP of {before} from its file, and its run had "
+                         f"{result['op']}: this is another base, or other data")
+    round_to_bf16(adapter)
+    with tempfile.TemporaryDirectory() as temporary:
+        rounded = Path(temporary) / file.name
+        adapter.save(rounded)
+        adapter.detach()
+        size = len(rounded.read_bytes())
+        adapter = kind.load(model, rounded)
+    after = score(adapter, model, tokenizer, tasks, args)
+    adapter.detach()
+    return {"op": before, "op_bf16": after, "bytes": result["bytes"][-1], "bytes_bf16": size,
+            "tasks": len(tasks), "base": Path(args.model).name, "device": result["device"]}
+
+
+def report(results):
+    """Markdown from the JSON alone."""
+    lines = ["# Values in bf16\n",
+             "`python -m benchmarks.bf16`, then `report`: finished adapters of "
+             "[frontier](frontier.md) and [smollm2](smollm2.md), whose numbers are rounded to bf16 "
+             "after training ([how](../benchmarks/bf16.py)), and tested again on the `test` split of "
+             "trace-mini (synthetic). Two CPU cores, one thread. Difference: paired over the seeds, "
+             "with its standard error.\n",
+             "| run | base | seeds | OP, fp32 | OP, bf16 | difference | bytes a task, fp32 | bf16 |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name, runs in sorted(groups(results).items()):
+        some = [*runs.values()]
+        gaps = [r["op_bf16"] - r["op"] for r in some]
+        error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else ""
+        sizes = [mean([r[key] / r["tasks"] for r in some]) for key in ("bytes", "bytes_bf16")]
+        lines.append(
+            f"| {name} | {some[0]['base']} | {len(some)} | {spread([r['op'] for r in some])} | "
+            f"{spread([r['op_bf16'] for r in some])} | {mean(gaps):+.2f}{error} | "
+            f"{sizes[0]:,.0f} | {sizes[1]:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="*", help="of finished runs, or `report`")
+    folders = parser.parse_args().folders
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if folders == ["report"]:
+        text = report(results)
+        (ROOT / "results/bf16.md").write_text(text, encoding="utf-8")
+        return print(text)
+    if not folders:
+        names = ("mose 0.", "one expert", "task_lora r", "VeRA", "SHiRA")
+        folders = [f for f in sorted(Path("runs/frontier").iterdir()) if f.name.startswith(names)]
+    models = {}
+    for folder in map(Path, folders):
+        is_done = any((folder / f"{method}.json").exists() for method in ("mose", "task_lora"))
+        if is_done and folder.name not in results:
+            results[folder.name] = measure(folder, models)
+            RESULTS.write_text(json.dumps(results) + "\n")
+            print(folder.name, results[folder.name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
