@@ -36,6 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results/bf16.json"
 
 
+def stored():
+    """{name of a run: what was found}, of results/bf16.json."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def round_to_bf16(adapter):
     """Round what training made."""
     if not isinstance(adapter, MoSE):
@@ -112,9 +117,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", help="of finished runs, or `report`")
     folders = parser.parse_args().folders
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if folders == ["report"]:
-        text = report(results)
+        text = report(stored())
         (ROOT / "results/bf16.md").write_text(text, encoding="utf-8")
         return print(text)
     if not folders:
@@ -123,10 +127,11 @@ def main():
     models = {}
     for folder in map(Path, folders):
         is_done = any((folder / f"{method}.json").exists() for method in ("mose", "task_lora"))
-        if is_done and folder.name not in results:
-            results[folder.name] = measure(folder, models)
-            RESULTS.write_text(json.dumps(results) + "\n")
-            print(folder.name, results[folder.name], flush=True)
+        if is_done and folder.name not in stored():
+            result = measure(folder, models)
+            # (Read again, since another process may have added something.)
+            RESULTS.write_text(json.dumps(stored() | {folder.name: result}) + "\n")
+            print(folder.name, result, flush=True)
 
 
 if __name__ == "__main__":

@@ -274,19 +274,19 @@ def draw(results, rounded, file):
         axis.set_xticks([1000 * kB for kB in SCALE], SCALE)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[1].legend(loc="lower right")
-    figure.suptitle("tiny-llm on trace-mini (synthetic). Bars: deviation over seeds")
+    axes[1].legend(loc="lower right", fontsize=9)
+    figure.suptitle("tiny-llm on trace-mini (synthetic). Bars: standard deviation over seeds")
     figure.savefig(file, dpi=100)
 
 
 def draw_points(axis, results):
     """Each method at its sizes."""
-    right, left = (5, -12), (-32, 4)  # where the name of a point stands
-    for start, label, style, colour, side in (
-            ("task_lora r", "one LoRA for each task, rank", "s--", "#0072b2", right),
-            ("VeRA r", "one VeRA for each task, rank", "^", "#d55e00", left),
-            ("SHiRA r", "one SHiRA for each task, size of a LoRA of rank", "v", "#cc79a7", left),
-            ("mose 0.", "MoSEs, density", "o-", "black", right)):
+    for start, label, style, colour in (
+            ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2"),
+            ("VeRA r256", "a VeRA of rank 256 for each task", "^", "#d55e00"),
+            ("SHiRA r1", "a SHiRA for each task, as large as a LoRA of rank 1", "v", "#cc79a7"),
+            ("mose 0.", "MoSEs (density)", "o-", "black"),
+            ("one expert 0.01", "MoSEs with one expert, density 0.01", "D", "#009e73")):
         points = sorted(
             (statistics.mean(map(size, runs.values())), [r["op"] for r in runs.values()],
              name.removeprefix(start[:-1]).split()[0].removeprefix("mose "))
@@ -297,8 +297,8 @@ def draw_points(axis, results):
         means = [statistics.mean(some) for some in scores]
         errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in scores]
         axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label, color=colour)
-        for x, y, name in zip(sizes, means, names):
-            axis.annotate(name, (x, y), side, textcoords="offset points", fontsize=9)
+        for x, y, name in zip(sizes, means, names) if len(names) > 1 else ():
+            axis.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=9)
 
 
 def main():

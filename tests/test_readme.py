@@ -59,18 +59,44 @@ def test_the_tables_of_the_readme_are_those_of_the_json(name, start):
     found = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), start)
     rows = rows_of(name)
     shown = {re.search(r"`(.+?)`", first)[1]: cells for first, cells in rows.items()}
-    assert len(rows) <= 7 and {*shown} <= {*found, *smollm2.LONG, *METHODS}
-    for method, (op, bwt, size, seconds) in shown.items():
+    assert len(rows) <= 9 and {*shown} <= {*found, *smollm2.LONG, *METHODS}
+    for method, (op, bwt, size) in shown.items():
         runs = found.get(method)
         if not runs:
-            assert {op, bwt, size, seconds} == {"not measured"}
+            assert {op, bwt, size} == {"not measured"}
             continue
         assert op == report.spread([r["op"] for r in runs])
         assert bwt == report.spread([r["bwt"] for r in runs])
         sizes = [r["bytes"][-1] for r in runs if r["bytes"]]
         assert size == (f"{statistics.mean(sizes) / 1e6:.2f}" if sizes else "")
-        training = [r["seconds_training"] for r in runs]
-        assert seconds == (f"{statistics.mean(training):,.0f}" if sizes else "")
+
+
+# {what the README calls a row of its table of tiny-llm: its runs}
+FRONTIER = {
+    **{f"a LoRA of rank {r}": f"task_lora r{r} {rate}"
+       for r, rate in ((1, "2e-2"), (2, "1e-2"), (4, "1e-2"), (8, "1e-2"))},
+    "a VeRA of rank 256": "VeRA r256 1e-1",
+    "a SHiRA of the size of a LoRA of rank 1": "SHiRA r1 1e-1",
+    "MoSEs, density 0.003": "mose 0.003",
+    "**MoSEs**, density 0.01, the default": "mose 0.01",
+    "MoSEs, density 0.015": "mose 0.015",
+    "MoSEs, density 0.03": "mose 0.03",
+    "MoSEs, density 0.01, one expert of rank 64": "one expert 0.01",
+}
+
+
+def test_the_table_of_tiny_llm_is_that_of_the_json():
+    found = frontier.groups(json.loads((ROOT / "results/frontier.json").read_text()))
+    rounded = frontier.groups(json.loads((ROOT / "results/bf16.json").read_text()))
+    rows = rows_of("frontier")
+    assert {*rows} == {*FRONTIER}
+    for name, (op, size, size_bf16) in rows.items():
+        runs = {seed: found[FRONTIER[name]][seed] for seed in range(5)}
+        assert op == report.spread([r["op"] for r in runs.values()])
+        assert size == f"{statistics.mean(map(frontier.size, runs.values())) / 1000:.1f}"
+        in_bf16 = [rounded[FRONTIER[name]][seed] for seed in range(5)]
+        mean = statistics.mean(r["bytes_bf16"] / r["tasks"] for r in in_bf16)
+        assert size_bf16 == f"{mean / 1000:.1f}"
 
 
 def test_every_method_has_a_style_and_a_name():
@@ -142,7 +168,7 @@ def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     model, tokenizer = train_trace.load_model(Args(device="cpu"))
     ids = torch.tensor([tokenizer(f"{word} one two")["input_ids"][:3] for word in ("a", "b")])
     tasks = {name: (ids + i, [(ids + i, ids)] * 3) for i, name in enumerate(("x", "y"))}
-    scope = {"model": model, "tasks": tasks}
+    scope = {"model": model, "tasks": tasks, "test_prompts": ids + 1}
     exec(block, scope)
     adapter = scope["mose"]
     assert [*adapter.tasks] == ["x", "y"] and adapter.active == ["y", "y"]
