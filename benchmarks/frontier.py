@@ -40,6 +40,8 @@ PAIRED = range(10)  # of the comparison of routers
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
 # {rank: rates}: the two best of 5e-3, 1e-2, 2e-2 and 3e-2 in earlier runs (seed 0), searched again.
 LORA_RATES = {1: ("1e-2", "2e-2"), 2: ("1e-2", "2e-2"), 4: ("5e-3", "1e-2"), 8: ("5e-3", "1e-2")}
+# As many entries as the mixture of four has. (The scale of 4 was searched.)
+ONE_EXPERT = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
 FIRST = ("mose 0.003", "mose 0.01", "mose 0.03", "one expert", "task_lora", "own alone")
 # What is changed in the code of a run, by its name. The rest of a run are its options.
 CHANGES = {
@@ -116,11 +118,10 @@ def jobs():
     for seed in SEEDS:
         for density in DENSITIES:
             add(f"mose {density}", seed, "--methods", "mose", "--density", density)
-    one_expert = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
     for seed in PAIRED:
         add("mose 0.01", seed, "--methods", "mose", "--density", "0.01")
         add("never trained 0.01", seed, "--methods", "mose_fixed", "--density", "0.01")
-        add("one expert 0.01", seed, "--methods", "mose", "--density", "0.01", *one_expert)
+        add("one expert 0.01", seed, "--methods", "mose", "--density", "0.01", *ONE_EXPERT)
         add("mose again 0.01", seed, "--methods", "mose", "--density", "0.01", change="A/A")
         for change in ("own alone", "free A", "fixed A") if seed in SEEDS else ():
             add(f"{change} 0.01", seed, "--methods", "mose", "--density", "0.01", change=change)

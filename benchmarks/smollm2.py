@@ -34,7 +34,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.frontier import best_rate
+from benchmarks.frontier import ONE_EXPERT, best_rate
 from figures.report import public, spread
 from tracebench.methods import METHODS, OURS
 from tracebench.scores import TASKS, mean
@@ -48,6 +48,7 @@ LONG = {
     "task_lora r1": ["--methods", "task_lora", "--lora_rank", "1"],  # about the bytes of MoSEs
     "mose .003": ["--methods", "mose", "--density", "0.003"],  # far below the smallest LoRA
     "mose_fixed": ["--methods", "mose_fixed"],
+    "one expert": ["--methods", "mose", *ONE_EXPERT],
     **{method: ["--methods", method] for method in ("lora", "replay", "joint", "task_lora")},
 }
 
