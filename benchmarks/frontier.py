@@ -40,8 +40,8 @@ PAIRED = range(10)  # of the comparison of routers
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
 # {rank: rates}: the two best of 5e-3, 1e-2, 2e-2 and 3e-2 in earlier runs (seed 0), searched again.
 LORA_RATES = {1: ("1e-2", "2e-2"), 2: ("1e-2", "2e-2"), 4: ("5e-3", "1e-2"), 8: ("5e-3", "1e-2")}
-# As many entries as the mixture of four has. (The scale of 4 was searched.)
 ONE_EXPERT = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
+SCALES = ("2", "4", "8", "16")
 FIRST = ("mose 0.003", "mose 0.01", "mose 0.03", "one expert", "task_lora", "own alone")
 # What is changed in the code of a run, by its name. The rest of a run are its options.
 CHANGES = {
@@ -115,6 +115,11 @@ def jobs():
 
     for rank, rates in LORA_RATES.items():
         todo |= search("task_lora", "", rank, rates)
+    for scale in SCALES:
+        for seed in (0, 1):
+            own = ("--methods", "mose", "--density", "0.01", "--split", "eval")
+            add(f"search mixture, scale {scale}", seed, *own, "--scale", scale)
+            add(f"search one expert, scale {scale}", seed, *own, *ONE_EXPERT, "--scale", scale)
     for seed in SEEDS:
         for density in DENSITIES:
             add(f"mose {density}", seed, "--methods", "mose", "--density", density)
@@ -244,9 +249,10 @@ def report(results):
             error = statistics.stdev(gaps) / len(gaps) ** 0.5
             lines.append(f"| {one} - {other} | {len(both)} | {statistics.mean(gaps):+.1f} | "
                          f"{error:.1f} |")
-    lines += ["\n## Rates of what is compared with MoSEs (`eval`, seed 0)\n",
-              "| method, rank and rate | OP |", "|---|---|"]
-    lines += [f"| {name.removeprefix('search ')} | {runs[0]['op']:.1f} |"
+    lines += ["\n## Rates and scales that were searched (`eval`, seeds 0 ..)\n",
+              "| method | seeds | OP |", "|---|---|---|"]
+    lines += [f"| {name.removeprefix('search ')} | {len(runs)} | "
+              f"{spread([r['op'] for r in runs.values()])} |"
               for name, runs in found.items() if name.startswith("search")]
     return "\n".join(lines) + "\n"
 
