@@ -348,7 +348,7 @@ def main():
     parser.add_argument("--only", default="", help="jobs whose name begins like this, or report")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs at a time")
     args = parser.parse_args()
-    jobs = {f"stream 4 {m} 0": (stream, 0, m, 4) for m in STREAMED}
+    jobs = {f"stream 4 {m} {s}": (stream, s, m, 4) for s in range(3) for m in STREAMED}
     jobs |= {f"related {seed}": (related, seed) for seed in SEEDS}
     jobs |= {f"stream 1 {m} {s}": (stream, s, m, 1) for s in range(3) for m in METHODS}
     file = ROOT / "results/transfer.json"
