@@ -120,6 +120,8 @@ def jobs():
             own = ("--methods", "mose", "--density", "0.01", "--split", "eval")
             add(f"search mixture, scale {scale}", seed, *own, "--scale", scale)
             add(f"search one expert, scale {scale}", seed, *own, *ONE_EXPERT, "--scale", scale)
+            add(f"search all four gates, scale {scale}", seed, *own, "--top_k", "4",
+                "--scale", scale)
     for seed in SEEDS:
         for density in DENSITIES:
             add(f"mose {density}", seed, "--methods", "mose", "--density", density)
@@ -127,6 +129,7 @@ def jobs():
         add("mose 0.01", seed, "--methods", "mose", "--density", "0.01")
         add("never trained 0.01", seed, "--methods", "mose_fixed", "--density", "0.01")
         add("one expert 0.01", seed, "--methods", "mose", "--density", "0.01", *ONE_EXPERT)
+        add("all four gates 0.01", seed, "--methods", "mose", "--density", "0.01", "--top_k", "4")
         add("mose again 0.01", seed, "--methods", "mose", "--density", "0.01", change="A/A")
         for change in ("own alone", "free A", "fixed A") if seed in SEEDS else ():
             add(f"{change} 0.01", seed, "--methods", "mose", "--density", "0.01", change=change)
