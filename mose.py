@@ -1104,15 +1104,15 @@ def check_layers(model, layers):
 def warn_of_unused(model, layers):
     """Warn of target layers that took no part in learning, while others did.
 
-    B starts at 0 and moves at the first step. Where it is still 0, no pass has called the layer:
+    B starts at 0 and moves at the first step. Where it is still 0, no token has reached the hook:
     some models read `weight` themselves, as the fast path of Mamba does.
     """
     unused = [layer for layer in layers if not layer.split(layer.weight)[1].any()]
     paths = [path for path, module in model.named_modules()
              if getattr(module, "sub_experts", None) in unused]
     if len(unused) < len(layers) and paths:
-        warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No pass "
-                      "called them. If the model reads their weights itself, leave them out of "
+        warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No token "
+                      "reached them. If the model reads their weights itself, leave them out of "
                       "targets", stacklevel=3)
 
 

@@ -3,4 +3,12 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs of train_trace.py leave out tables and figures, which take longer than a short run."""
+    monkeypatch.setattr("train_trace.draw", lambda runs: None)

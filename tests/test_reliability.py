@@ -53,7 +53,8 @@ SHORT = Args(tasks="FOMC,NumGLUE-cm", max_train=32, max_test=4, epochs="1", meth
              device="cpu")
 
 
-def test_resume_after_every_task_gives_the_same_as_never_stopping(tmp_path, monkeypatch, guard):
+def test_resume_after_every_task_gives_the_same_as_never_stopping(tmp_path, monkeypatch, guard,
+                                                                  no_figures):
     """Off: the order of the data is another after the start, and the check sees it."""
     monkeypatch.chdir(tmp_path)
     train_trace.main(dataclasses.replace(SHORT, name="alone"))

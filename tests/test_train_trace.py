@@ -339,7 +339,8 @@ def test_bytes_are_those_of_the_files(run):
     assert two == pytest.approx(one, rel=0.1), "the same LoRA for all tasks"
 
 
-def test_the_same_seed_gives_the_same_result_and_another_does_not(run, tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_result_and_another_does_not(run, tmp_path, monkeypatch,
+                                                                  no_figures):
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
         train_trace.main(Args(methods="mose", name=f"s{seed}", seeds=str(seed), **SHORT))
