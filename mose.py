@@ -372,7 +372,7 @@ class SubExperts(nn.Module):
         if self.is_open:
             super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected,
                                           errors)
-        else:
+        else:  # with strict=True, torch refuses what nobody expects: begin the task first
             unexpected += [key for key in state if key.startswith(prefix)]
 
 

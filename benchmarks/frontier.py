@@ -266,7 +266,7 @@ def in_bf16(results, rounded):
             for name, found in rounded.items() if name in results}
 
 
-SCALE = (3, 5, 10, 20, 50)  # kB
+TICKS = (3, 5, 10, 20, 50)  # of the axis, in kB
 
 
 def draw(results, rounded, file):
@@ -281,7 +281,7 @@ def draw(results, rounded, file):
     axes[1].set(title="the same adapters, values rounded to bf16")
     for axis in axes:
         axis.set(xscale="log", xlim=(2.5e3, 8e4), xlabel="kB a task, all that is saved")
-        axis.set_xticks([1000 * kB for kB in SCALE], SCALE)
+        axis.set_xticks([1000 * kB for kB in TICKS], TICKS)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[1].legend(loc="lower right", fontsize=9)
