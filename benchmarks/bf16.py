@@ -7,9 +7,9 @@
 Each finished adapter is tested as it is, which must give the score of its run, exactly. Then the
 numbers that training made are rounded to bf16: the values of entries and the routers of MoSEs, A
 and B of a LoRA for each task, or what an adapter of peft trains. The adapter is saved, loaded, and
-tested again. MoSEs' masks and keys stay as they are. The rounding comes after all tasks are
-learned: so a task of MoSEs that reads entries of earlier ones learned with their fp32 values, and
-has those in bf16 when it is tested.
+tested again. MoSEs' masks and keys stay as they are. The rounding comes after all training. So a
+task of MoSEs that reads entries of earlier tasks was trained on their fp32 values, and is tested on
+those in bf16.
 
 Results are added to results/bf16.json.
 """
@@ -17,13 +17,12 @@ Results are added to results/bf16.json.
 import argparse
 import dataclasses
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
 from benchmarks import peft_tasks
-from benchmarks.frontier import groups
-from figures.report import spread
+from benchmarks.frontier import PEFT, groups
+from figures.report import spread, standard_error
 from mose import MoSE
 from tracebench.data import load_tasks
 from tracebench.methods import KINDS
@@ -50,7 +49,7 @@ def round_to_bf16(adapter):
     for layer in adapter.layers:
         layer.frozen.copy_(layer.frozen.bfloat16())
         layer.routers = {name: router.bfloat16().float() for name, router in layer.routers.items()}
-    adapter.packed = {}  # what it holds of the file was made of the values before
+    adapter.packed = {}  # entries that were compressed before, with their fp32 values
 
 
 def score(adapter, model, tokenizer, tasks, args):
@@ -72,7 +71,8 @@ def measure(folder, models):
     file = folder / f"{args.methods}.pt"
     result = json.loads(file.with_suffix(".json").read_text())
     # The adapters of peft ran as if they were LoRAs (CHANGES of the frontier).
-    kind = getattr(peft_tasks, folder.name.split()[0], KINDS[args.methods])
+    name = folder.name.split()[0]
+    kind = getattr(peft_tasks, name) if name in PEFT else KINDS[args.methods]
     adapter = kind.load(model, file)
     before = score(adapter, model, tokenizer, tasks, args)
     if before != result["op"]:
@@ -93,18 +93,19 @@ def measure(folder, models):
 
 def report(results):
     """Markdown from the JSON alone."""
+    devices = sorted({r["device"] for r in results.values()})
     lines = ["# Values in bf16\n",
              "`python -m benchmarks.bf16`, then `report`: finished adapters of "
              "[frontier](frontier.md) and [smollm2](smollm2.md), whose numbers are rounded to bf16 "
              "after training ([how](../benchmarks/bf16.py)), and tested again on the `test` split of "
-             "trace-mini (synthetic). Two CPU cores, one thread. Difference: paired over the seeds, "
-             "with its standard error.\n",
+             f"trace-mini (synthetic). Runs on: {'; '.join(devices)}. Difference: paired over the "
+             "seeds, with its standard error.\n",
              "| run | base | seeds | OP, fp32 | OP, bf16 | difference | bytes a task, fp32 | bf16 |",
              "|---|---|---|---|---|---|---|---|"]
     for name, runs in sorted(groups(results).items()):
         some = [*runs.values()]
         gaps = [r["op_bf16"] - r["op"] for r in some]
-        error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else ""
+        error = f" ± {standard_error(gaps):.2f}" if len(gaps) > 1 else ""
         sizes = [mean([r[key] / r["tasks"] for r in some]) for key in ("bytes", "bytes_bf16")]
         lines.append(
             f"| {name} | {some[0]['base']} | {len(some)} | {spread([r['op'] for r in some])} | "
@@ -123,11 +124,12 @@ def main():
         return print(text)
     if not folders:
         names = ("mose 0.", "one expert", "task_lora r", "VeRA", "SHiRA")
-        folders = [f for f in sorted(Path("runs/frontier").iterdir()) if f.name.startswith(names)]
+        results = [*Path("runs/frontier").glob("*/mose.json"),
+                   *Path("runs/frontier").glob("*/task_lora.json")]  # of the runs that are done
+        folders = sorted(r.parent for r in results if r.parent.name.startswith(names))
     models = {}
     for folder in map(Path, folders):
-        is_done = any((folder / f"{method}.json").exists() for method in ("mose", "task_lora"))
-        if is_done and folder.name not in stored():
+        if folder.name not in stored():
             result = measure(folder, models)
             # (Read again, since another process may have added something.)
             RESULTS.write_text(json.dumps(stored() | {folder.name: result}) + "\n")

@@ -32,7 +32,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from figures.report import public, spread
+from figures.report import public, spread, standard_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(5)
@@ -249,9 +249,8 @@ def report(results):
         both = sorted({*found.get(one, {})} & {*found.get(other, {})})
         gaps = [found[one][s]["op"] - found[other][s]["op"] for s in both]
         if len(gaps) > 1:
-            error = statistics.stdev(gaps) / len(gaps) ** 0.5
             lines.append(f"| {one} - {other} | {len(both)} | {statistics.mean(gaps):+.1f} | "
-                         f"{error:.1f} |")
+                         f"{standard_error(gaps):.1f} |")
     lines += ["\n## Rates and scales that were searched (`eval`, seeds 0 ..)\n",
               "| method | seeds | OP |", "|---|---|---|"]
     lines += [f"| {name.removeprefix('search ')} | {len(runs)} | "

@@ -29,13 +29,12 @@ import argparse
 import concurrent.futures
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.frontier import ONE_EXPERT, best_rate
-from figures.report import public, spread
+from figures.report import public, spread, standard_error
 from tracebench.methods import METHODS, OURS
 from tracebench.scores import TASKS, mean
 
@@ -76,8 +75,9 @@ def jobs(what, data):
         own += ["--tasks", "ScienceQA,MeetingBank", "--max_train", "96", "--max_test", "20"]
         return {"memory mose 0": [*own, "--methods", "mose"]}
     methods = ("floor,base", "mose", "lora", "task_lora", "replay", "joint")
-    todo = {f"whole {some} 0": [*own, "--methods", some] for some in methods}
-    return todo | {"whole task_lora r1 0": [*own, *LONG["task_lora r1"]]}
+    runs = {some: ["--methods", some] for some in methods}
+    runs["task_lora r1"] = LONG["task_lora r1"]
+    return {f"whole {name} 0": [*own, *options] for name, options in runs.items()}
 
 
 def best_rate_of_rank_1():
@@ -199,9 +199,8 @@ def about_moses(name, runs, methods):
         gaps = [a["op"] - b["op"] for a in runs for b in methods.get(other, [])
                 if a["args"]["seeds"] == b["args"]["seeds"]]
         if len(gaps) > 1:
-            error = statistics.stdev(gaps) / len(gaps) ** 0.5
             yield (f"Paired over {len(gaps)} seeds, `{name}` - `{other}`: {mean(gaps):+.1f}, "
-                   f"standard error {error:.1f}.")
+                   f"standard error {standard_error(gaps):.1f}.")
         elif gaps:
             yield f"With the same seed, `{name}` - `{other}`: {gaps[0]:+.1f}."
 

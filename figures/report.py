@@ -59,6 +59,11 @@ def spread(values, digits=1):
     return text + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
+def standard_error(values):
+    """Of the mean of two values or more."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 # Column of a table: key of a result, and digits.
 COLUMNS = {"OP": ("op", 1), "s.e.": ("op_error", 1), "learned": ("learned", 1), "BWT": ("bwt", 1),
            "TaIL": ("op_tail", 1), "task id": ("task_id", 1),
