@@ -3,9 +3,10 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch.
 
 The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
-All weights of its experts form the pool of the layer. A task owns a few entries of each pool: its
-mask selects the free entries with the best scores, and the scores are learned with the weights. A
-task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
+All weights of the layer's experts form its pool. A task owns a few entries of each pool: its mask
+selects the free entries with the best scores, in A and in B separately, and the scores are learned
+with the weights. A task also has a router, whose gates weigh the experts for each token. All but
+top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
@@ -13,9 +14,11 @@ task also has a router, whose gates weigh the experts for each token. All but to
 
 `used` marks the entries that a finished task owns. Their values are in the buffer `frozen`, which
 no optimizer holds, and the router of a finished task is stored. `reads` marks the entries that the
-task in force reads, and all others count as 0. A task reads the entries that it owns. It also reads
-all entries of A that earlier tasks own: these values are there already and cost nothing. Or it
-starts from a finished task, its source. Then it reads its own entries and what its source reads.
+task in force reads, and all others count as 0. (The task in force is the one that the forward pass
+applies.) A task reads the entries that it owns. It also reads all entries of A that earlier tasks
+own: these values are there already and cost nothing. A task may instead start from a finished task,
+its source. Besides its own entries, it then reads what its source reads. The router does not see
+all D numbers of a token: `projection`, which is random and fixed, leaves P of them.
 
 Since only free entries can be selected, nothing that a finished task reads can change: forgetting
 is ruled out by construction.
@@ -60,7 +63,7 @@ def expect(condition, message):
 
 @dataclasses.dataclass(frozen=True)
 class MoSEConfig:
-    """Everything that rebuilds the adapter. It is saved with it.
+    """All that is needed to rebuild the adapter, apart from what the tasks have learned.
 
     Raises ValueError for a value outside its range.
     """
@@ -74,7 +77,7 @@ class MoSEConfig:
     scale: float = 8.0  # > 0, factor of the experts' sum
     router_dim: int = 16  # P >= 1
     router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates are clearly unequal
-    key_dim: int = 256  # >= 1, numbers of a task's key, at most as many as the embeddings have
+    key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
 
     def __post_init__(self):
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
@@ -110,7 +113,8 @@ class StraightThrough(torch.autograd.Function):
 
     The backward pass ignores which entries are read. This is the straight-through estimator, by
     which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
-    entries move too, but `select` ignores them.)
+    entries move too, but `select` ignores them.) The forward pass uses no score, since `reads` was
+    made of the scores. They are an argument so that they get a gradient.
     """
 
     @staticmethod
@@ -123,8 +127,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
-        # do. But B starts at 0, where the gradient of a score is 0. So if a weight outside the mask
-        # did not move, its score would stay as it was drawn.
+        # do. But B starts at 0 (and A too, if the task has a source), where the gradient of a score
+        # is 0. So if a weight there did not move, its score would stay as it was drawn.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
@@ -142,11 +146,11 @@ def top_k_gates(logits, k):
 # ------------------------------------------------------------------------------ the experts
 
 SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD
-FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's default dtype and device are
+FP32 = {"dtype": torch.float32, "device": "cpu"}  # even if torch's default dtype or device differs
 
 
 class SubExperts(nn.Module):
-    """The experts on one linear layer, and what each task has of them: its mask and its router.
+    """The experts of one linear layer, and each task's share of them: its mask and its router.
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
     e*R .. (e+1)*R of A and the same rows of B.
@@ -156,16 +160,17 @@ class SubExperts(nn.Module):
     router          (E, P), a Parameter
     inherited       (N,), bool, the entries of finished tasks that it reads
     num_new         [in A, in B], how many entries it will own
+    is_open         whether there is an open task
 
     The finished tasks:
     frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
     owner           (N,), number of the task that an entry belongs to; 0 if it is free
     routers         {name: router (E, P)}, on the CPU
 
-    The task in force is what the forward pass applies. Each row of a batch may have another one:
+    The task in force is what the forward pass applies. Each row of a batch may have its own:
     learning        whether the open task is in force; otherwise finished tasks are, or none
     in_force        [(rows, pair)] of the finished tasks in force: which rows of the batch have the
-                    task (None: all rows), and the two matrices that its tokens are multiplied with
+                    task (None: all rows), and what `matrices` makes for its tokens
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
     """
 
@@ -192,7 +197,7 @@ class SubExperts(nn.Module):
         self.register_buffer("owner", zeros.int(), persistent=False)
         self.register_buffer("inherited", zeros.bool(), persistent=False)
         self.num_new = [0, 0]
-        self.is_open = False  # whether a task is open
+        self.is_open = False
         self.routers = {}
         self.learning = False
         self.in_force = []
@@ -213,7 +218,7 @@ class SubExperts(nn.Module):
         self.requires_grad_(True)
         self.zero_grad()
         # CHOICE: density is a share of the entries that are still free, in A and in B each. So
-        # later tasks own fewer entries, and both matrices last.
+        # later tasks own fewer entries, and neither matrix is ever used up.
         for part, owner in enumerate(self.split(self.owner)):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
@@ -222,8 +227,8 @@ class SubExperts(nn.Module):
         # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate.
         drawn = torch.rand(self.score.shape, generator=generator, **FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
-        # The last task also moved free entries that it did not select. They start anew here:
-        # otherwise this task would read them before it has learned anything.
+        # The last task also moved free entries that it did not select (see StraightThrough). They
+        # start anew here: otherwise this task would read them before it has learned anything.
         self.weight.zero_()
         if source is None:
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
@@ -256,6 +261,8 @@ class SubExperts(nn.Module):
 
     def select(self):
         """The new entries of the open task (N,), a bool mask: the best of the free entries."""
+        # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
+        # ones. Here a task reads all used entries of A anyway, and those of B would do harm.
         free_score = self.score.masked_fill(self.owner > 0, -math.inf)
         score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
         new_A, new_B = self.num_new
@@ -278,12 +285,14 @@ class SubExperts(nn.Module):
     def finish(self, name, number, new, router):
         """Freeze what the open task has learned, under its name and number.
 
-        Nothing here takes memory, so it can't fail after some layers are done.
+        Nothing here takes memory, so it can't fail after some layers are done. From here on the
+        layer is the bare base, until a task is put in force.
         """
         torch.where(new, self.weight, self.frozen, out=self.frozen)
         self.owner.masked_fill_(new, number)
         self.routers[name] = router
         self.is_open = False
+        self.learning = False
 
     def keep(self, lineages):
         """Free all entries that no task with one of these lineages reads."""
@@ -314,6 +323,7 @@ class SubExperts(nn.Module):
     def open_matrices(self):
         """The matrices of the open task. They change with each step of its optimizer."""
         with torch.no_grad():
+            # It owns nothing yet: its own entries are those that it would select now.
             reads = self.inherited | self.select()
             used = self.owner > 0
         pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, reads)
@@ -333,6 +343,8 @@ class SubExperts(nn.Module):
             products = x.float() @ A_and_to_logits  # (B, T, E*R + E)
             hidden, logits = products.split([E * R, E], dim=-1)
             gates = top_k_gates(logits, self.config.top_k)  # (B, T, E)
+            # All experts are computed, also those whose gate is 0: they are small, and one product
+            # for all is simpler than picking K of them for each token.
             hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
             return hidden.flatten(-2) @ scaled_B  # (B, T, O)
 
@@ -359,7 +371,7 @@ class SubExperts(nn.Module):
             return tensor.to(fn(tensor).device)
 
         super()._apply(move, recurse)
-        self.in_force = [(rows if rows is None else move(rows), [move(m) for m in matrices])
+        self.in_force = [(None if rows is None else move(rows), [move(m) for m in matrices])
                          for rows, matrices in self.in_force]
         return self
 
@@ -372,7 +384,9 @@ class SubExperts(nn.Module):
         if self.is_open:
             super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected,
                                           errors)
-        else:  # with strict=True, torch refuses what nobody expects: begin the task first
+        else:
+            # These keys are of a task that was open. While none is, they have no place: with
+            # strict=True torch raises an error. Call begin_task before load_state_dict.
             unexpected += [key for key in state if key.startswith(prefix)]
 
 
@@ -387,7 +401,8 @@ class MoSE:
     layers  the SubExperts, in the order of the model's layers
     tasks   {name: lineage} of the finished tasks, in the order of learning. A lineage is a list of
             numbers: that of the task, that of its source, and so on.
-    open    name of the task that is being learned, or None
+    open    name of the task that is being learned, or None. It has its lineage in `lineage`, and
+            the sums for its key in `open_sums`.
     active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
     """
@@ -403,12 +418,14 @@ class MoSE:
         self.tasks = {}
         self.open = None
         self.active = None
-        self.last_number = 0  # that a task has got; the next one gets the number after it
+        self.last_number = 0  # the number of the newest task; the next one gets the one after it
         check_model(model)
         targets = find_targets(model, self.config.targets)
         self._remember_base(targets)
         self.layers = [SubExperts(linear, self.config) for linear in targets]
         self.keys = TaskKeys(model.get_input_embeddings(), self.config.key_dim)
+        self.packed = {}  # {number of a task: its entries as few bytes}: see `_pack`
+        self.attached = True
         model.requires_grad_(False)
         for linear, layer in zip(targets, self.layers):
             linear.sub_experts = layer
@@ -421,9 +438,10 @@ class MoSE:
         """Which finished task a new one should start from: (source, need) for `begin_task`.
 
         probe(): the error on the new task with the task that is in force, say the share of wrong
-        answers. It is called under the bare base and under each finished task. guess: the error of
-        the best constant answer. Returns (None, 1.0) if no finished task is worth it. Raises
-        ValueError if probe() returns anything but numbers >= 0.
+        answers. It is called under the bare base and under each finished task. With several
+        processes, only what it returns in the first one counts. guess: the error of the best
+        constant answer, say 1 - the share of the largest class. Returns (None, 1.0) if no finished
+        task is worth it. Raises ValueError if probe() returns anything but numbers >= 0.
         """
         if not self.tasks:
             return None, 1.0
@@ -494,18 +512,18 @@ class MoSE:
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
         warn_of_unused(self.model, self.layers)
-        name, number = self.open, self.lineage[0]
+        name, number, has_key = self.open, self.lineage[0], self.open_sums["count"] > 0
         learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
         for layer, what in zip(self.layers, learned):
             layer.finish(name, number, *what)
         self.tasks[name] = self.lineage
         self.open = None
-        if self.open_sums["count"] > 0:
+        if has_key:
             self.keys.merge(name, self.open_sums)
-        else:
+        self.set_task(name)
+        if not has_key:  # last, since warnings may be errors
             warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
                           f"observe(prompts, task={name!r})", stacklevel=2)
-        self.set_task(name)
         return self.capacity()[name]
 
     # ---- which task is in force
@@ -514,10 +532,11 @@ class MoSE:
     def set_task(self, task):
         """Put a task in force, for all threads: a name, None for the bare base, or a list.
 
-        A list has a finished task, or None, for each row of the batch. `generate` repeats each
-        example for beams and for several answers: repeat its name as often. Keep the task until
-        after backward(), since gradient checkpointing runs the forward pass once more. Only the
-        open task learns: under a finished one, backward() says that no tensor requires a gradient.
+        A list has a finished task, or None, for each row of the batch; the open task can't be in
+        it. `generate` repeats each example for beams and for several answers: repeat its name as
+        often. Keep the task until after backward(), since gradient checkpointing runs the forward
+        pass once more. Only the open task learns: under a finished one, backward() says that no
+        tensor requires a gradient.
         Raises ValueError for a task that is not known.
         """
         if isinstance(task, str):
@@ -532,9 +551,11 @@ class MoSE:
         check_layers(self.model, self.layers)
         rows_of = {}  # {name: its rows of the batch, or None for all rows}
         for name in self.tasks:
-            if name in names and is_list:
+            if name not in names:
+                continue
+            if is_list:
                 rows_of[name] = [i for i, other in enumerate(names) if other == name]
-            elif name in names:
+            else:
                 rows_of[name] = None
         # All matrices are made first: a failure must not leave layers with different tasks.
         in_force = []
@@ -609,10 +630,8 @@ class MoSE:
         self.base = fingerprint(self.model)
         # `load` compares the tensors whose names both bases have. Each adapted layer, and the
         # embeddings, must have at least one tensor among them.
-        needed = [*targets, self.model.get_input_embeddings()]
-        self.needed = [path for path, module in self.model.named_modules() if module in needed]
-        self.packed = {}  # {number: its entries as few bytes}: see `_pack`
-        self.attached = True
+        modules = [*targets, self.model.get_input_embeddings()]
+        self.needed = [path for path, module in self.model.named_modules() if module in modules]
 
     # ---- tasks that go, and tasks with a new name
 
@@ -668,7 +687,7 @@ class MoSE:
 
     def _pack(self, number, count):
         """The `count` entries that the task of this number owns, in all layers: (count, places,
-        values). Both are compressed bytes. Places are kept as the gaps between them.
+        values). Places and values are compressed bytes. Places are kept as the gaps between them.
         """
         # Entries of a task only ever become fewer. So the same count means the same entries, which
         # need not be compressed again.
@@ -677,8 +696,8 @@ class MoSE:
             values = [layer.frozen[mask] for layer, mask in zip(self.layers, masks)]
             places = torch.cat([mask.cpu() for mask in masks]).nonzero()[:, 0]
             gaps = torch.diff(places, prepend=places.new_tensor([-1])).int()
-            data = [compressed(gaps), compressed(torch.cat([v.cpu() for v in values]))]
-            self.packed[number] = count, *data
+            values = torch.cat([value.cpu() for value in values])
+            self.packed[number] = count, compressed(gaps), compressed(values)
         return self.packed[number]
 
     def _counts(self):
@@ -743,8 +762,8 @@ class MoSE:
         with open(path, "rb") as file:
             data = file.read()
         expect(data.startswith(FORMAT),
-               f"{path}: its format is {data[:7]!r}, expected {FORMAT!r}: load it with the mose.py "
-               "that wrote it, or learn its tasks again")
+               f"{path}: its format is {data[:len(FORMAT)]!r}, expected {FORMAT!r}: load it with "
+               "the mose.py that wrote it, or learn its tasks again")
         try:
             state = torch.load(io.BytesIO(lzma.decompress(data[len(FORMAT):])), weights_only=True)
             config = MoSEConfig(**state.pop("config"))
@@ -793,9 +812,10 @@ class MoSE:
         self.keys.restore(*keys)
         expect({*self.keys.tasks} <= {*tasks}, "a key of a task that is not there")
         self.last_number, self.tasks, self.packed = last_number, tasks, entries
-        for i, layer in enumerate(self.layers):
-            layer.owner.copy_(owner.split(sizes)[i])
-            layer.frozen.copy_(frozen.split(sizes)[i])
+        parts = zip(self.layers, owner.split(sizes), frozen.split(sizes))
+        for i, (layer, own_owner, own_frozen) in enumerate(parts):
+            layer.owner.copy_(own_owner)
+            layer.frozen.copy_(own_frozen)
             layer.routers = {name: routers[name][i].clone() for name in tasks}
 
 
@@ -804,9 +824,10 @@ class MoSE:
 class TaskKeys:
     """How a prompt finds its task: each task is a Gaussian in the space of mean token embeddings.
 
-    A task has a mean and a variance of its own, and all tasks share the shape of one covariance
-    (linear discriminant analysis). A prompt can also belong to none of them: this is one more
-    Gaussian, which is wider. Only running sums are kept, and no prompt.
+    A task has a mean and a variance of its own, and all tasks share the shape of one covariance.
+    (Linear discriminant analysis does the same, but there they share its size too.) A prompt can
+    also belong to none of them: this is one more Gaussian, which is wider. Only running sums are
+    kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
@@ -814,10 +835,10 @@ class TaskKeys:
             variance  of the prompts, a number: the mean over all dimensions
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
-    pooled  (key_dim, key_dim), the sum over all tasks of S / sqrt(variance), where S is the scatter
-            matrix of the task's prompts: the sum of (x - mean) (x - mean)^T. (`merge` says why it
-            is divided so.) It stays when a task is forgotten, since it tells how prompts differ in
-            general.
+    pooled  (key_dim, key_dim), the sum over all calls of `merge` of S / sqrt(variance), where S is
+            the scatter matrix of the task's prompts: the sum of (x - mean) (x - mean)^T. (`merge`
+            says why it is divided so.) It stays when a task is forgotten, since it tells how
+            prompts differ in general.
     count   number of the prompts in `pooled`
     """
 
@@ -832,8 +853,7 @@ class TaskKeys:
     # prompts differ.
     SHRINKAGE = 0.25
     # "None of the tasks" has the mean of the most likely task, and this many times its standard
-    # deviation. Both are equally likely (`log_odds` in `infer` is 0) when the squared distance of a
-    # prompt from the mean is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own prompts.
+    # deviation.
     WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
@@ -856,14 +876,14 @@ class TaskKeys:
         return tokens, weights / weights.sum()
 
     def table(self):
-        """The token embeddings (V, D). Made once for each call: a quantised or sharded table is
-        brought together for it."""
+        """The token embeddings (V, D). `add` and `infer` make it once for all prompts, since a
+        quantised or sharded table has to be brought together for it."""
         return plain(self.embedding.weight, self.embedding)
 
     def embed(self, table, tokens, weights):
         """The weighted sum of token embeddings under the projection, (key_dim,)."""
         vectors = table[tokens.to(table.device)].float().cpu()
-        return (weights @ vectors @ self.projection).double()  # for differences of large sums
+        return (weights @ vectors @ self.projection).double()  # `merge` subtracts large sums
 
     # ---- the life of a task
 
@@ -955,14 +975,16 @@ class TaskKeys:
             # typical one. With its own alone, a prompt slightly off the mean of a narrow task would
             # go to a wide one.
             between = math.sqrt(variance) * typical_deviation
-            logits.append(-dim / 2 * (distance / between + between.log()))  # the log of a Gaussian
+            # The log of a Gaussian, up to a constant that all tasks share.
+            logits.append(-dim / 2 * (distance / between + between.log()))
             ratios.append(distance / variance)  # about 1 for the task's own prompts
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
         # CHOICE: "none of the tasks" is one more class, around the mean of the best task and WIDER.
         # Without it, a prompt far from every task would belong to the nearest for sure.
-        # The log odds of none against the best task, with the task's own variance, not `between`.
+        # These are the log odds of none against the best task. They are 0 when the squared distance
+        # of a prompt from the mean is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own ones.
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
@@ -1009,7 +1031,8 @@ FORMAT = b"MoSE 3\n"  # how the files begin that `save` writes
 
 
 def plain_str(name):
-    """A name as str. torch.load refuses files with np.str_ or an Enum in them."""
+    """A name as a plain str: torch.load refuses files with np.str_ or an Enum in them. (The str()
+    of an Enum would be the name of its class and member.)"""
     expect(isinstance(name, str), f"got {name!r}, expected a str")
     return str.__str__(name)
 
@@ -1107,10 +1130,11 @@ def warn_of_unused(model, layers):
     B starts at 0 and moves at the first step. Where it is still 0, no token has reached the hook:
     some models read `weight` themselves, as the fast path of Mamba does.
     """
-    unused = [layer for layer in layers if not layer.split(layer.weight)[1].any()]
+    able = [layer for layer in layers if layer.can_learn()]
+    unused = [layer for layer in able if not layer.split(layer.weight)[1].any()]
     paths = [path for path, module in model.named_modules()
              if getattr(module, "sub_experts", None) in unused]
-    if len(unused) < len(layers) and paths:
+    if len(unused) < len(able) and paths:
         warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No token "
                       "reached them. If the model reads their weights itself, leave them out of "
                       "targets", stacklevel=3)
@@ -1135,7 +1159,7 @@ def expect_rows(x, rows):
 def compressed(numbers):
     """Numbers of 4 bytes each (k,) as few bytes: the first bytes of all, then the second, .."""
     planes = numbers.contiguous().view(torch.uint8).view(-1, 4).T
-    return lzma.compress(bytes(planes.flatten().tolist()))
+    return lzma.compress(bytes(planes.flatten().tolist()))  # a list, since numpy may be missing
 
 
 def decompressed(data, dtype):
@@ -1203,8 +1227,8 @@ def numbers_of(tensor):
 def fingerprint(model):
     """{name: numbers} of what makes a base: its tensors, its positions, how many weights it has.
 
-    It is taken when a MoSE is attached. Later, a pass may have packed the weights in another way,
-    or accelerate may have moved them elsewhere.
+    It is taken when a MoSE is attached. Later, a forward pass may have packed the weights in
+    another way, or accelerate may have moved them elsewhere.
     """
     for module in model.modules():
         # FSDP2 may leave a layer unsharded after a pass. A table that two modules share would then
@@ -1242,9 +1266,13 @@ def frequencies(model):
         kind = str(getattr(module, "rope_type", ""))
         changes = "dynamic" in kind or "longrope" in kind
         for name, value in {**vars(module), **module._buffers}.items():
-            is_wanted = ("original_" in name) == changes
-            # (transformers makes long_inv_freq from the config when it first sees a long batch.)
-            if name.endswith("inv_freq") and is_wanted and "long_" not in name:
+            if not name.endswith("inv_freq"):
+                continue
+            if changes:
+                is_wanted = "original_" in name
+            else:  # (long_inv_freq is made of the config when the first long batch comes)
+                is_wanted = "original_" not in name and "long_" not in name
+            if is_wanted:
                 yield value
 
 
@@ -1267,8 +1295,10 @@ def differences(saved, here, needed):
     wrong = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
     for name in both:
         a, b = saved[name], here[name]
-        if name.startswith("config.") or len(a) != len(b):
+        if name.startswith("config."):
             same = a == b
+        elif len(a) != len(b):
+            same = False
         else:
             same = all(abs(x - y) <= 0.01 for x, y in zip(a, b))
         if not same:

@@ -180,6 +180,46 @@ def test_a_target_that_is_never_called_is_warned_of(calls):
     mose.end_task()  # a task without a step of training is nobody's fault
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_layer_that_gets_no_entry_of_a_is_not_warned_of(guard, monkeypatch):
+    guard or monkeypatch.setattr(SubExperts, "can_learn", lambda layer: True)
+    mose = attach()
+    mose.begin_task("a"), mose.observe(data("a"))
+    mose.layers[0].num_new[0] = 0  # as in a narrow layer at a low density: its B can't learn
+    mose.model(data("a"), labels=data("a")).loss.backward()
+    torch.optim.AdamW(mose.trainable_parameters(), lr=0.01).step()
+    if guard:
+        mose.end_task()
+    else:
+        with pytest.warns(UserWarning, match="1 in all"):
+            mose.end_task()
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_a_task_without_a_key_is_finished_all_the_same():
+    mose = attach()
+    mose.begin_task("a")
+    mose.model(data("a"), labels=data("a")).loss.backward()
+    torch.optim.AdamW(mose.trainable_parameters(), lr=0.01).step()
+    with pytest.raises(UserWarning, match="'a' has no key"):
+        mose.end_task()
+    now = mose.model(data("a")).logits
+    assert torch.equal(now, snapshot(mose, "a")[0]) and not torch.equal(now, snapshot(mose, None)[0])
+
+
+def test_a_task_that_could_not_be_put_in_force_when_it_ended_leaves_the_bare_base(monkeypatch):
+    def no_memory(layer, name, lineage):
+        raise torch.OutOfMemoryError
+
+    mose = learn(attach(), "a", end=False)
+    monkeypatch.setattr(SubExperts, "finished_matrices", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        mose.end_task()
+    monkeypatch.undo()
+    now = mose.model(data("a")).logits
+    assert torch.equal(now, snapshot(mose, None)[0]) and not torch.equal(now, snapshot(mose, "a")[0])
+
+
 def test_gradients_of_a_dropped_task_do_not_reach_the_next(guard, monkeypatch):
     guard or monkeypatch.setattr(SubExperts, "zero_grad", lambda layer: None)
     mose = attach()
