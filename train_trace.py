@@ -8,8 +8,8 @@ The first command needs no network and uses synthetic data: a real causal LM of 
 eight generated stand-ins for the TRACE tasks, in their format, names, order and metrics. It shows
 the method, not TRACE.
 
-All methods go through the same loop and data, in the same order of tasks (joint has no order, and
-replay takes some more steps):
+All methods that learn go through the same loop and data, in the same order of tasks (joint has no
+order, and replay takes some more steps):
 
     floor      no model: one constant answer, or a piece of the prompt, whichever is best on train
     base       the model as it is
@@ -133,7 +133,8 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
         if not loss.isfinite():
             raise ValueError(f"{task.name}: the loss is {loss} at step {step}: start again with a "
                              "lower rate (--lr of MoSEs, --lora_lr of the others) and another "
-                             "--name. What was saved after the last task is still there")
+                             "--name. What was saved before is still there: for the tables of "
+                             "all methods that are done, python -m figures.report FOLDER")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         schedule.step()
@@ -182,7 +183,7 @@ def evaluate(model, tokenizer, adapter, task, args):
         # golds are the right answers as the tokenizer can write them, since some change a text.
         return [score(answers[i], task.golds[i], task.test_texts[i]["prompt"]) for i in numbers]
 
-    if adapter:
+    if adapter is not None:
         adapter.set_task(task.name)
     answers = generate(model, tokenizer, task, numbers, args)  # {number: text}
     known, first_two = scores(answers), [answers[i] for i in numbers[:2]]
@@ -207,6 +208,7 @@ def scores_in_words(row):
 
 def test_once(record, model, tokenizer, tasks, args, bar):
     """For a method that learns nothing: the floor, or the bare base."""
+    record.start_clock()
     if record.method == "floor":
         tests = {}
         for task in tasks:

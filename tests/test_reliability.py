@@ -448,7 +448,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "a byte order mark": ("BOM", lambda m, b, p: from_text(
         b"\xef\xbb\xbf" + rows(("p", "a")).encode(), b, p)),
     "an object, no list": ("got dict", lambda m, b, p: from_text("{}", b, p)),
-    "an empty list": ("got list of 0", lambda m, b, p: from_text("[]", b, p)),
+    "an empty list": (r"got list '\[\]'", lambda m, b, p: from_text("[]", b, p)),
     "empty prompt": ("row 0", lambda m, b, p: from_text(rows(("", "a")), b, p)),
     "empty answer": ("row 1", lambda m, b, p: from_text(rows(("p", "a"), ("q", "")), b, p)),
     "answer above the limit": ("leaves no room", lambda m, b, p: from_text(

@@ -484,9 +484,10 @@ GOOD = {"prompt": "p", "answer": "a"}
 BAD_FILES = [
     ("", "can't be read as JSON"),
     ("[{", "can't be read as JSON"),
-    ("{}", "got dict of 0"),
-    ("[]", "got list of 0"),
-    (json.dumps(GOOD), "got dict of 2"),
+    ("{}", "got dict '{}'"),
+    ("[]", "got list '[]'"),
+    ("3", "got int '3', expected a list"),
+    (json.dumps(GOOD), "got dict \"{'prompt'"),
     (json.dumps([GOOD, "x"]), "row 1"),
     (json.dumps([GOOD, GOOD, {"prompt": "p"}]), "row 2"),
     (json.dumps([{"prompt": "p", "answer": 3}]), "row 0"),
@@ -597,6 +598,42 @@ def test_results_are_not_overwritten_without_force(run, monkeypatch):
     with pytest.raises(ValueError, match="can't be read"):
         train_trace.main(Args(name="new", data="nowhere"))
     claim(Path("runs/new"), {}).close()  # of a run that failed at once nothing is lost
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_files_that_no_run_has_made_are_never_overwritten(tmp_path, force):
+    """Say a base that lies in runs/, whose name a run was given."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not of a run of this script, such as config.json"):
+        claim(tmp_path, {}, force=force)
+    assert (tmp_path / "config.json").exists()
+    (tmp_path / "args.json").write_text("{}")  # control: this one is the folder of a run
+    if force:
+        claim(tmp_path, {}, force=force).close()
+    else:
+        with pytest.raises(ValueError, match="or --force to overwrite it"):
+            claim(tmp_path, {}, force=force)
+    assert (tmp_path / "config.json").exists() == (not force)
+
+
+def test_the_seconds_of_the_base_are_not_those_of_the_methods_before_it(base, tmp_path):
+    args = Args(device="cpu", **SHORT)
+    tasks = train_trace.load_tasks(args, base[1], base[0])
+    record = Record(tmp_path, "floor", tasks, args)
+    record.clock -= 1000  # it was made before another method learned
+    train_trace.test_once(record, *base, tasks, args, QUIET)
+    assert 0 < record.result["seconds_testing"] < 1000
+
+
+@pytest.mark.parametrize("source, fwt", [(None, 0.0), ("FOMC", None)])
+def test_what_a_task_gains_from_a_source_is_not_made_up(base, tmp_path, source, fwt):
+    args = Args(device="cpu", **SHORT)
+    tasks = train_trace.load_tasks(args, base[1], base[0])
+    record = Record(tmp_path, "mose", tasks, args)
+    record.result |= {"R": [[50.0, None], [50.0, 60.0]], "source": [None, source]}
+    record.finish({}, zero_shot=[10.0, 20.0])
+    result = json.loads((tmp_path / "mose.json").read_text())
+    assert result["fwt"] == fwt and result["op"] == 55.0
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mose import MoSE, find_targets, fixed_signs, in_out, top_k_gates
+from mose import MoSE, device_of, find_targets, fixed_signs, in_out, top_k_gates
 from tracebench.files import write_bytes
 
 ROUTER_DIM = 16  # numbers that the router of MoELoRA reads of a token, as many as in MoSEs
@@ -91,8 +91,8 @@ class LoRA:
         model.requires_grad_(False)
         self.layers, self.handles = [], []
         for layer in find_targets(model, targets):
-            device = [*layer.parameters(), *layer.buffers()][0].device
-            self.layers.append(self.layer_class(*in_out(layer), **config).to(device))
+            own = self.layer_class(*in_out(layer), **config)
+            self.layers.append(own.to(device_of(layer)))
             self.handles.append(layer.register_forward_hook(self.layers[-1].add_delta))
 
     def detach(self):

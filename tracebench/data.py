@@ -7,6 +7,7 @@ Usable on its own: a task lies in FOLDER/TASK/{train,eval,test}.json, each a lis
 import collections
 import dataclasses
 import hashlib
+import http.client
 import json
 import math
 import random
@@ -33,7 +34,7 @@ def fetch(base, task, split):
     try:
         with urllib.request.urlopen(where, timeout=60) if url else open(where, "rb") as file:
             return where, file.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{where}: can't be read ({error})") from error
 
 
@@ -45,7 +46,7 @@ def rows_of(where, content):
         raise ValueError(f"{where}: can't be read as JSON ({error})") from error
     form = 'a list of {"prompt": text, "answer": text}'
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{where}: got {type(rows).__name__} of {len(rows)}, expected {form}")
+        raise ValueError(f"{where}: got {type(rows).__name__} {str(rows)[:60]!r}, expected {form}")
     for i, row in enumerate(rows):
         texts = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else []
         if not texts or not all(isinstance(text, str) and text for text in texts):
@@ -109,13 +110,14 @@ class Task:
     metric: str
     epochs: int
     train: list  # examples (ids, labels): labels are -100 on the prompt
-    train_prompt_ids: list  # ids of all training prompts. They are not cut: a key is made of them, and
-    test_prompt_ids: list  # the beginning of a prompt says most about its task
+    train_prompt_ids: list  # ids of all training prompts. They are not cut, since a key is made of
+    #                         them, and the beginning of a prompt says most about its task
+    test_prompt_ids: list  # ids of the test prompts, not cut either
     golds: list  # texts of the right answers to test_prompt_ids, as the tokenizer can write them
     limit: int  # tokens of a prompt that the model reads, its last ones
     max_new: int  # tokens that a tested answer may have
-    train_texts: list  # rows {"prompt", "answer"} of train, before they became ids
-    test_texts: list  # the same of test
+    train_texts: list  # all rows {"prompt", "answer"} of train.json
+    test_texts: list  # those of the test examples
     digests: dict  # {split: SHA-256 of its file}
 
     def probe_examples(self):

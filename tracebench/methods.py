@@ -28,15 +28,16 @@ def attach(method, args, model, file=None):
         return KINDS[method](model, MoSEConfig(
             targets, num_experts=args.experts, rank=args.rank, top_k=args.top_k,
             density=args.density, scale=args.scale, router_std=args.router_std))
-    if method == "moe_lora":  # as many parameters as the one LoRA has, spread over its experts
+    if method == "moe_lora":  # about as many parameters as the one LoRA has, for all experts
         rank = max(1, args.lora_rank // args.experts)
         return MoELoRA(model, targets, rank=rank, scale=args.lora_scale, experts=args.experts,
                        top_k=args.top_k, router_std=args.router_std)
     return KINDS[method](model, targets, rank=args.lora_rank, scale=args.lora_scale)
 
 
-# Of MoSEs, times the width of the base. With Adam, the best rate falls as layers become wider. This
-# is 2e-2 for tiny-llm (128 wide), 4.3e-3 for SmolLM2-135M (576) and 1.2e-3 for a base of 2048.
+# The default rate of MoSEs is this, divided by the width of the base. With Adam, the best rate falls
+# as layers become wider. So it is 2e-2 for tiny-llm (128 wide), 4.3e-3 for SmolLM2-135M (576) and
+# 1.2e-3 for a base of 2048.
 RATE_TIMES_WIDTH = 2.5
 
 
@@ -61,7 +62,8 @@ def lessons(method, args, tasks):
     for t, task in enumerate(tasks):
         rows = [*task.train]
         for earlier in tasks[:t]:
-            rows += rng.sample(earlier.train, math.ceil(args.replay * len(earlier.train)))
+            count = math.ceil(round(args.replay * len(earlier.train), 6))  # 0.07 * 100 is 7.000..1
+            rows += rng.sample(earlier.train, count)
         plan.append(dataclasses.replace(task, train=rows))
     return plan
 

@@ -99,7 +99,7 @@ def parse(argv=None):
 def check(args):
     """Raises ValueError for a value that is out of range."""
     seeds, methods = listed(args.seeds), listed(args.methods)
-    if not all(seed.isdecimal() for seed in seeds) or len({*seeds}) < len(seeds):
+    if not all(seed.isdecimal() for seed in seeds) or len({*map(int, seeds)}) < len(seeds):
         raise ValueError(
             f"--seeds: got {args.seeds!r}, expected whole numbers, each once: 0 or 0,1,2")
     if not {*methods} <= {*METHODS} or len({*methods}) < len(methods):

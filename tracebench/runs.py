@@ -1,11 +1,14 @@
 """The folder of a run: locked, every file replaced whole or not at all, and what a killed run
 needs to go on. It knows the names of all files, so that the loop of train_trace.py need not.
 
+    lock                  held while a process works in the folder
     args.json             options of the run, digests of its data files, tokens of prompts it reads
     METHOD.pt             the adapter that has learned all tasks
     METHOD.json           the result
-    METHOD-3.pt,          the adapter after three tasks, and the result so far; they are removed
-    METHOD.progress.json  when the method is finished
+    METHOD-3.pt           the adapter after three tasks
+    METHOD.progress.json  the result so far
+
+The last two are removed when the method is finished.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +32,7 @@ import transformers
 
 from tracebench import processes
 from tracebench.data import listed
-from tracebench.files import write_json
+from tracebench.files import write_bytes, write_json
 from tracebench.methods import attach
 from tracebench.scores import bootstrap, mean, summarize
 
@@ -36,6 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # ------------------------------------------------------------------------------ folders
+
+KINDS_OF_FILES = ("*.json", "*.pt", "*.png", "table.md", "page.html")  # that a run makes
 
 
 def claim(folder, options, go_on=False, force=False):
@@ -52,13 +58,16 @@ def claim(folder, options, go_on=False, force=False):
     if shutil.disk_usage(folder).free < 2**28:
         raise ValueError(f"{folder}: less than 256 MB are free there: make room before you train")
     if not go_on:
+        files = [file for kind in KINDS_OF_FILES for file in folder.glob(kind)]
+        if files and not (folder / "args.json").exists():  # whoever made them would lose them
+            raise ValueError(f"{folder} has files that are not of a run of this script, such as "
+                             f"{files[0].name}: choose another --name")
         done = [file for file in folder.glob("*.json") if file.name != "args.json"]
         if done and not force:  # nothing is lost of a run that failed before its first task
             raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
                              "with it, or --force to overwrite it")
-        for kind in ("*.json", "*.pt", "*.png", "table.md", "page.html"):
-            for file in folder.glob(kind):
-                file.unlink()
+        for file in files:
+            file.unlink()
         write_json(folder / "args.json", {"options": options})
     return lock
 
@@ -110,7 +119,8 @@ def draw(runs):
     # It is one process, though torchrun may have started this one as one of several.
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     if subprocess.run(command, env={**env, "PYTHONPATH": str(ROOT)}).returncode:
-        print(f"the results are safe; for their tables, in {ROOT}: {' '.join(command)}")
+        command = [*command[:3], *(str(folder.resolve()) for folder in runs)]
+        print(f"the results are safe; for their tables, in {ROOT}: {shlex.join(command)}")
 
 
 # ------------------------------------------------------------------------------ records
@@ -131,12 +141,13 @@ class Record:
 
     R[t][i]: the score of task i after lesson t, None if it was not tested; R_tail the same with the
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
+    bytes, source, new, used and epochs: a value for each lesson.
     """
 
     def __init__(self, folder, method, tasks, args):
         self.folder, self.method, self.args = folder, method, args
         self.tasks = [task.name for task in tasks]
-        self.clock = time.time()
+        self.start_clock()
         self.state = folder / f"{method}.progress.json"
         lists = ("R", "R_tail", "task_id_accuracy", "samples", "bytes", "source", "new", "used",
                  "epochs")
@@ -152,7 +163,7 @@ class Record:
     def remaining(self, lessons):
         """(number, Task) of the lessons that are not done yet."""
         for t, task in [*enumerate(lessons)][self.done():]:
-            self.clock = time.time()
+            self.start_clock()
             yield t, task
 
     def adapter(self, model):
@@ -160,8 +171,12 @@ class Record:
         file = self.folder / f"{self.method}-{self.done()}.pt" if self.done() else None
         return attach(self.method, self.args, model, file)
 
+    def start_clock(self):
+        """What is noted next takes its time from here on."""
+        self.clock = time.time()
+
     def note_seconds(self, what):
-        """Those since the last note."""
+        """Those since the last note, or since the clock was started."""
         now = time.time()
         self.result[f"seconds_{what}"] += now - self.clock
         self.clock = now
@@ -216,10 +231,11 @@ class Record:
         result = self.result
         adapters = [self.folder / f"{self.method}-{t + 1}.pt" for t in range(len(result["bytes"]))]
         if adapters:
-            shutil.copy(adapters[-1], self.folder / "last.tmp")
-            os.replace(self.folder / "last.tmp", self.folder / f"{self.method}.pt")
+            write_bytes(self.folder / f"{self.method}.pt", adapters[-1].read_bytes())
         tail = summarize(result["R_tail"]) if result["R_tail"] else {}
-        scores = summarize(result["R"], zero_shot) | {
+        # A task that starts from a source begins with the source's score, which nobody has tested.
+        gain_is_known = not any(result["source"])
+        scores = summarize(result["R"], zero_shot if gain_is_known else None) | {
             "zero_shot": zero_shot, "op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")}
         write_json(self.folder / f"{self.method}.json", facts | result | scores)
         for file in (self.state, *adapters):

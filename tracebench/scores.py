@@ -144,8 +144,9 @@ def mean(values):
 def summarize(R, zero_shot=None):
     """What papers report of a matrix R; None for what needs a score that was not tested.
 
-    zero_shot: the scores of the bare base, of which forward transfer (FWT) is the gain just before
-    a task is learned: R[i - 1][i], or none where a method starts each task from the base.
+    zero_shot: the scores of the bare base. Forward transfer (FWT) is the mean of R[i - 1][i] -
+    zero_shot[i]: what task i has gained before it is learned. Where that is not tested, each task
+    starts as the bare base, and has gained nothing.
     """
     last, T = R[-1], len(R[-1])
     own = [R[i][i] for i in range(T)] if len(R) == T else [None]
@@ -158,6 +159,7 @@ def summarize(R, zero_shot=None):
     summary["bwt_treelora"] = mean([max(0.0, was - now) for was, now in zip(own, last)])
     every = [[R[t][i] for t in range(i, T)] for i in range(T - 1)]
     if not any(None in column for column in every):
+        # Also never below 0, since the last score counts among those of which the best is taken.
         summary["forgetting"] = mean([max(column) - column[-1] for column in every])
     if zero_shot:
         before = [R[i - 1][i] for i in range(1, T)]
