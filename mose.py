@@ -512,7 +512,8 @@ class MoSE:
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
         warn_of_unused(self.model, self.layers)
-        name, number, has_key = self.open, self.lineage[0], self.open_sums["count"] > 0
+        name, number = self.open, self.lineage[0]
+        has_key = self.open_sums["count"] > 0
         learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
         for layer, what in zip(self.layers, learned):
             layer.finish(name, number, *what)

@@ -62,7 +62,7 @@ def claim(folder, options, go_on=False, force=False):
         if files and not (folder / "args.json").exists():  # whoever made them would lose them
             raise ValueError(f"{folder} has files that are not of a run of this script, such as "
                              f"{files[0].name}: choose another --name")
-        done = [file for file in folder.glob("*.json") if file.name != "args.json"]
+        done = [file for file in files if file.suffix == ".json" and file.name != "args.json"]
         if done and not force:  # nothing is lost of a run that failed before its first task
             raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
                              "with it, or --force to overwrite it")
