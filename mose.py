@@ -213,7 +213,6 @@ class SubExperts(nn.Module):
         has the lineage [5, 2] if it starts from task 2, which started as the bare base.
         need: the share, 0 .. 1, of the usual number of new entries that it owns.
         """
-        self.is_open = True
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
         self.zero_grad()
@@ -466,7 +465,8 @@ class MoSE:
 
         source: a finished task to start from. need: share of the usual number of new entries.
         `begin_task(name, *mose.best_source(probe))` chooses both. Raises ValueError if a task is
-        open, if the name is taken, or if there is no entry left that the task could learn.
+        open, if the name is taken, if a parameter of the base requires a gradient, or if a task
+        without a source would get no entry.
         """
         name = plain_str(name)
         expect(self.open is None, f"task {self.open!r} is open: end_task() or forget() it first")
@@ -475,6 +475,7 @@ class MoSE:
                f"source: got {source!r}, expected None or one of {[*self.tasks]}")
         expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
         check_layers(self.model, self.layers)
+        check_frozen(self.model, self.layers)
         expect(not any(layer.weight.is_meta for layer in self.layers), "the experts were offloaded "
                "with the base (meta device): begin the task first, and offload then")
         # All processes have to draw the same numbers.
@@ -484,11 +485,11 @@ class MoSE:
         for layer in self.layers:
             layer.begin(self.lineage, source, need, generator)
         # A task with a source may get no new entry: then its routers learn alone.
-        if source is None and not any(layer.can_learn() for layer in self.layers):
-            for layer in self.layers:
-                layer.is_open = False
-            raise ValueError(f"{name!r} gets no entry of A or of B: need x density x free entries "
-                             "is under 1. forget() a task, or attach with more rank or density")
+        expect(source is not None or any(layer.can_learn() for layer in self.layers),
+               f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
+               "forget() a task, or attach with more rank or density")
+        for layer in self.layers:
+            layer.is_open = True
         self.last_number += 1
         self.open = name
         self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
@@ -501,6 +502,7 @@ class MoSE:
         """
         expect(self.open is not None, "no task is open: call begin_task(name) first")
         check_layers(self.model, self.layers)
+        check_frozen(self.model, self.layers)
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
 
     def end_task(self):
@@ -511,18 +513,19 @@ class MoSE:
         finite = all(p.isfinite().all() for p in self.trainable_parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
-        warn_of_unused(self.model, self.layers)
         name, number = self.open, self.lineage[0]
         has_key = self.open_sums["count"] > 0
         learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
         for layer, what in zip(self.layers, learned):
             layer.finish(name, number, *what)
         self.tasks[name] = self.lineage
-        self.open = None
+        self.open = self.active = None
         if has_key:
             self.keys.merge(name, self.open_sums)
         self.set_task(name)
-        if not has_key:  # last, since warnings may be errors
+        # The warnings come last, since the caller may have made them errors.
+        warn_of_unused(self.model, self.layers, name)
+        if not has_key:
             warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
                           f"observe(prompts, task={name!r})", stacklevel=2)
         return self.capacity()[name]
@@ -536,8 +539,7 @@ class MoSE:
         A list has a finished task, or None, for each row of the batch; the open task can't be in
         it. `generate` repeats each example for beams and for several answers: repeat its name as
         often. Keep the task until after backward(), since gradient checkpointing runs the forward
-        pass once more. Only the open task learns: under a finished one, backward() says that no
-        tensor requires a gradient.
+        pass once more. Only the open task learns: put it in force again before you train on.
         Raises ValueError for a task that is not known.
         """
         if isinstance(task, str):
@@ -549,7 +551,8 @@ class MoSE:
         expect(learning or not unknown,
                f"unknown tasks {unknown}: finished so far are {[*self.tasks]}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
-        check_layers(self.model, self.layers)
+        if task is not None:  # the bare base needs no experts
+            check_layers(self.model, self.layers)
         rows_of = {}  # {name: its rows of the batch, or None for all rows}
         for name in self.tasks:
             if name not in names:
@@ -584,7 +587,9 @@ class MoSE:
         try:
             yield
         finally:
-            self.set_task(before)
+            names = before if isinstance(before, list) else [before]
+            there = all(name in (None, self.open, *self.tasks) for name in names)
+            self.set_task(before if there else None)  # it may have been forgotten in the meantime
 
     # ---- which task a prompt belongs to
 
@@ -651,7 +656,8 @@ class MoSE:
             layer.routers.pop(name, None)
             layer.keep(self.tasks.values())
         in_force = self.active if isinstance(self.active, list) else [self.active]
-        self.set_task(None if name in in_force else self.active)
+        if name in in_force:
+            self.set_task(None)
 
     def rename(self, old, new):
         """Give a finished task another name."""
@@ -734,6 +740,7 @@ class MoSE:
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all."""
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
+        self.keys.restore(*self.keys.state())  # rounded as in the file: both go on alike
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
                    for name in self.tasks}  # {name: (layers, E, P)}
@@ -745,12 +752,17 @@ class MoSE:
             "keys": self.keys.state(),
         }, buffer)
         path = os.path.realpath(path)  # a link stays a link
-        # The new file has a name of its own, since several processes may save at the same time.
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-            file.write(FORMAT + lzma.compress(buffer.getvalue()))  # its checksum shows any damage
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name without content
-        os.replace(file.name, path)
+        # A random name, since several processes or threads may save at the same time.
+        part = f"{path}.{os.urandom(8).hex()}.tmp"
+        try:
+            with open(part, "wb") as file:
+                file.write(FORMAT + lzma.compress(buffer.getvalue()))  # its checksum shows damage
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave a file without content
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
 
     @classmethod
     def load(cls, model, path, tasks=None):
@@ -899,9 +911,13 @@ class TaskKeys:
     def add(self, sums, prompts):
         """Add prompts to the sums of a task. They count once they are merged."""
         table = self.table()
-        for ids in prompts:
-            tokens, weights = self.tokens_and_weights(ids)
-            x = self.embed(table, tokens, weights)
+        bags = [self.tokens_and_weights(ids) for ids in prompts]
+        vectors = [self.embed(table, tokens, weights) for tokens, weights in bags]
+        # A task of such prompts alone would have a variance of 0 or nan, and with it all keys.
+        expect(all(x.isfinite().all() and x.any() for x in vectors),
+               "the mean embedding of a prompt is 0 or not finite. If it is nothing but padding, "
+               "pass its attention_mask, or leave it out")
+        for (tokens, weights), x in zip(bags, vectors):
             sums["count"] += 1
             sums["x"] += x
             sums["square"] += torch.outer(x, x)
@@ -939,7 +955,6 @@ class TaskKeys:
         # more, since such tasks are harder to tell apart: sqrt(variance) lies between.
         self.pooled += scatter / math.sqrt(variance)
         self.count += more
-        self.restore(*self.state())  # rounds `pooled`, so that saving it changes nothing
 
     # ---- which task
 
@@ -1125,20 +1140,36 @@ def check_layers(model, layers):
                "all parameters of mose.layers as ignored_params (docs/works-with.md)")
 
 
-def warn_of_unused(model, layers):
-    """Warn of target layers that took no part in learning, while others did.
+def check_frozen(model, layers):
+    """Raise ValueError if the base is no longer frozen: an optimizer could then change it, and with
+    it what finished tasks compute."""
+    experts = {id(p) for layer in layers for p in layer.parameters()}
+    free = [name for name, p in model.named_parameters()
+            if p.requires_grad and id(p) not in experts]
+    expect(not free, f"the base has to stay frozen, but {len(free)} of its parameters require a "
+                     f"gradient: {free[:3]}. Call requires_grad_(False) on them; what was added "
+                     "after the MoSE, such as a LoRA of peft, has to be added before it")
 
-    B starts at 0 and moves at the first step. Where it is still 0, no token has reached the hook:
-    some models read `weight` themselves, as the fast path of Mamba does.
+
+def warn_of_unused(model, layers, name):
+    """Warn if the task of this name, or some of the target layers, learned nothing.
+
+    B starts at 0 and moves at the first step. Where it is still 0, no gradient has reached the
+    experts. If that is so in some layers only, the model may read `weight` without calling the
+    layer, as the fast path of Mamba does.
     """
     able = [layer for layer in layers if layer.can_learn()]
     unused = [layer for layer in able if not layer.split(layer.weight)[1].any()]
     paths = [path for path, module in model.named_modules()
              if getattr(module, "sub_experts", None) in unused]
-    if len(unused) < len(able) and paths:
-        warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No token "
-                      "reached them. If the model reads their weights itself, leave them out of "
-                      "targets", stacklevel=3)
+    if unused and len(unused) == len(able):
+        warnings.warn(f"task {name!r} learned nothing: no step of an optimizer has changed it. A "
+                      f"task has to be in force while it is trained: set_task({name!r})",
+                      stacklevel=3)
+    elif unused:
+        warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No "
+                      "gradient reached them. If the model reads their weights itself, leave them "
+                      "out of targets", stacklevel=3)
 
 
 def autocast_off(device):
@@ -1186,7 +1217,10 @@ def unpadded(input_ids, attention_mask):
     expect(input_ids.dim() == 2 and mask.shape == input_ids.shape, "expected ids and masks (B, T)")
     expect(len(input_ids) > 0, "got no prompts, expected at least one")
     prompts = [ids[own] for ids, own in zip(input_ids.cpu(), mask.cpu().bool())]
-    expect(all(len(ids) for ids in prompts), "a prompt is nothing but padding")
+    for ids in prompts:
+        expect(len(ids) > 0, "a prompt is nothing but padding")
+        expect(ids.min() >= 0, f"got the id {int(ids.min())}, expected ids >= 0. If it is padding, "
+                               "pass the attention_mask")
     return prompts
 
 
@@ -1255,7 +1289,8 @@ def fingerprint(model):
         if "rope_" in name:
             for group in ("rope_parameters.", "rope_scaling."):  # in transformers 5, and in 4
                 name = name.replace(group, "")
-            result[f"config.{name}"] = value
+            # A file of JSON, from which a base may be loaded later, has lists only.
+            result[f"config.{name}"] = [*value] if isinstance(value, tuple) else value
     return result
 
 

@@ -8,6 +8,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_configure(config):
+    # Many tests end a task that has learned nothing.
+    config.addinivalue_line("filterwarnings", "ignore:task .* learned nothing")
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """Runs of train_trace.py leave out tables and figures, which take longer than a short run."""

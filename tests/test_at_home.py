@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 
-from mose import MoSE, MoSEConfig, SubExperts
-from test_mose import attach, data, guard, learn, refuses, snapshot, step, tiny  # noqa: F401
+from mose import MoSE, MoSEConfig, SubExperts, TaskKeys
+from test_mose import (  # noqa: F401
+    attach, checkpoint, data, guard, learn, refuses, snapshot, step, tiny)
 
 # ------------------------------------------------------------------------------ casts and devices
 
@@ -176,8 +177,6 @@ def test_a_target_that_is_never_called_is_warned_of(calls):
     else:
         with pytest.warns(UserWarning, match=r"1 in all: \['model.layers.1.mlp.down_proj.inner'\]"):
             mose.end_task()
-    mose.begin_task("b"), mose.observe(data("b"))
-    mose.end_task()  # a task without a step of training is nobody's fault
 
 
 @pytest.mark.filterwarnings("error")
@@ -193,6 +192,95 @@ def test_a_layer_that_gets_no_entry_of_a_is_not_warned_of(guard, monkeypatch):
     else:
         with pytest.warns(UserWarning, match="1 in all"):
             mose.end_task()
+
+
+@pytest.mark.parametrize("in_force", [True, False])
+def test_a_task_that_was_trained_while_another_was_in_force_is_warned_of(in_force, recwarn):
+    mose = learn(attach(), "a")
+    mose.begin_task("b")
+    mose.observe(data("b"))
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03)
+    if not in_force:
+        mose.set_task("a")
+    checkpoint(mose.model, False)  # it gives the inputs a gradient, so backward() finds one
+    step(mose.model, optimizer, data("b"))
+    mose.end_task()
+    said = [str(warning.message) for warning in recwarn]
+    assert any("set_task('b')" in text for text in said) == (not in_force)
+
+
+def test_the_base_has_to_stay_frozen(guard, monkeypatch):
+    # Off: a base that somebody has set free is trained too, and a finished task changes.
+    guard or monkeypatch.setattr("mose.check_frozen", lambda model, layers: None)
+    mose = learn(attach(), "a")
+    before = snapshot(mose, "a")
+    mose.begin_task("b")
+    mose.model.lm_head.requires_grad_(True)
+
+    def train():
+        mose.trainable_parameters()
+        free = [p for p in mose.model.parameters() if p.requires_grad]
+        step(mose.model, torch.optim.AdamW(free, lr=0.03), data("b"))
+
+    if guard:
+        refuses(r"1 of its parameters require a gradient: \['lm_head.weight'\]", train)
+        refuses("has to stay frozen", mose.end_task)
+        mose.forget("b")
+        refuses("has to stay frozen", mose.begin_task, "b")
+    else:
+        train()
+        mose.forget("b")
+    assert torch.equal(snapshot(mose, "a"), before) == guard
+
+
+@pytest.mark.parametrize("broken", ["begin", "can_learn"])
+def test_a_task_that_could_not_begin_leaves_no_trace(broken, monkeypatch):
+    mose = learn(attach(), "a")
+    names, before = [*mose.model.state_dict()], snapshot(mose, "a")
+    real = getattr(SubExperts, broken)
+
+    def fails_at_the_third(layer, *given):
+        if layer is mose.layers[2] or broken == "can_learn":
+            raise MemoryError
+        return real(layer, *given)
+
+    monkeypatch.setattr(SubExperts, broken, fails_at_the_third)
+    with pytest.raises(MemoryError):
+        mose.begin_task("b")
+    monkeypatch.undo()
+    assert mose.open is None and [*mose.model.state_dict()] == names
+    assert torch.equal(snapshot(mose, "a"), before)
+    learn(mose, "b")
+
+
+def test_the_open_task_can_be_dropped_though_a_hook_is_lost(tmp_path):
+    mose = learn(learn(attach(), "a"), "b", end=False)
+    before = snapshot(mose, "a")
+    hooks = mose.model.model.layers[0].self_attn.v_proj._forward_hooks
+    hooks.clear()
+    mose.forget("b")
+    assert torch.equal(mose.model(data("a")).logits, tiny()(data("a")).logits)
+    mose.save(tmp_path / "m")  # so what was learned before is not lost
+    assert torch.equal(snapshot(MoSE.load(tiny(), tmp_path / "m"), "a"), before)
+
+
+def test_a_task_that_is_forgotten_while_another_is_in_force_for_a_while_leaves_the_bare_base():
+    mose = learn(attach(), *"ab")
+    mose.set_task(["a", None])
+    with pytest.raises(KeyError), mose.task("b"):  # the caller's own error, and none about "a"
+        mose.forget("a")
+        raise KeyError
+    assert mose.active is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_a_task_that_learned_nothing_is_finished_all_the_same():
+    mose = attach()
+    mose.begin_task("a")
+    mose.observe(data("a"))
+    with pytest.raises(UserWarning, match="'a' learned nothing"):
+        mose.end_task()
+    assert mose.open is None and [*mose.tasks] == ["a"] and mose.active == "a"
 
 
 @pytest.mark.filterwarnings("error")
@@ -216,6 +304,7 @@ def test_a_task_that_could_not_be_put_in_force_when_it_ended_leaves_the_bare_bas
     with pytest.raises(torch.OutOfMemoryError):
         mose.end_task()
     monkeypatch.undo()
+    assert mose.active is None
     now = mose.model(data("a")).logits
     assert torch.equal(now, snapshot(mose, None)[0]) and not torch.equal(now, snapshot(mose, "a")[0])
 
@@ -259,6 +348,52 @@ def test_a_probe_gives_numbers_or_is_refused(shares):
 @pytest.mark.parametrize("ids, mask", [(data("a")[0], None), (data("a"), torch.ones(2, 8))])
 def test_prompt_ids_of_another_shape_are_refused(ids, mask):
     refuses(r"expected ids and masks \(B, T\)", learn(attach(), "a").infer_task, ids, mask)
+
+
+def test_padding_by_a_negative_id_needs_a_mask():
+    mose, ids = learn(attach(), *"ab"), data("new a", 2)
+    padded = torch.cat([torch.full((2, 3), -60), ids], dim=1)  # -60 would be a row of the table
+    refuses("got the id -60, expected ids >= 0", mose.infer_task, padded)
+    mask = (padded >= 0).long()
+    assert mose.infer_task(padded, mask, True) == mose.infer_task(ids, None, True)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_prompt_without_an_embedding_is_refused_and_harms_no_key(value, guard, monkeypatch):
+    mose = attach()
+    mose.model.get_input_embeddings().weight.data[63] = value  # as the row of a padding token
+    learn(mose, "a")
+    bad = torch.full((2, 5), 63)
+    if not guard:  # off: the covariance that all keys share becomes nan
+        monkeypatch.setattr("mose.expect", lambda condition, message: None)
+    mose.begin_task("b")
+    if guard:
+        refuses("mean embedding of a prompt is 0 or not finite", mose.observe, bad)
+        refuses("mean embedding", lambda: mose.observe(bad, task="a"))
+        mose.observe(data("b"))
+        mose.end_task()
+        assert mose.infer_task(torch.cat([data("new a"), data("new b")])) == [*"aaaabbbb"]
+    else:
+        mose.observe(bad)
+        mose.end_task()
+        assert not mose.keys.pooled.isfinite().all()
+
+
+def test_prompts_that_come_later_one_by_one_count_as_much_as_together(guard, monkeypatch):
+    def rounded(keys, name, sums, merge=TaskKeys.merge):
+        merge(keys, name, sums)
+        keys.restore(*keys.state())
+
+    # Off: the sums are rounded after each prompt, so that a few more change nothing.
+    guard or monkeypatch.setattr(TaskKeys, "merge", rounded)
+    together, alone = learn(attach(), *"ab"), learn(attach(), *"ab")
+    prompts = data("more b", 600)
+    together.observe(prompts, task="b")
+    for prompt in prompts:
+        alone.observe(prompt[None], task="b")
+    ratio = alone.keys.pooled.diagonal().mean() / together.keys.pooled.diagonal().mean()
+    # (Not exactly 1: a scatter is divided by the variance that the task has by then.)
+    assert (abs(ratio - 1) < 0.05) == guard
 
 
 def test_a_new_task_can_be_trained_whatever_was_switched_off_before(guard, monkeypatch):

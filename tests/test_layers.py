@@ -167,7 +167,7 @@ def test_an_expert_that_gets_no_token_changes_nothing():
         optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03)
         mose.model(ids).loss.backward()  # "odd" gets (0, D)
         optimizer.step()
-        with pytest.warns(UserWarning, match="'odd'.*No token reached them"):
+        with pytest.warns(UserWarning, match="'odd'.*No gradient reached them"):
             mose.end_task()
     assert snapshot(mose, "a", ids=ids).isfinite().all()
     odd = data("a") // 2 * 2 + 1
@@ -274,7 +274,7 @@ def test_a_layer_that_is_never_called_harms_nothing(tmp_path):
 # ------------------------------------------------------------------------------ hooks and copies
 
 
-@pytest.mark.parametrize("task", ["a", None, ["a"] * 4])
+@pytest.mark.parametrize("task", ["a", ["a"] * 4])
 def test_a_hook_that_somebody_removed_is_seen_when_a_task_is_set(task, guard, monkeypatch):
     guard or monkeypatch.setattr(module, "check_layers", lambda *given: None)
     mose = learn(MoSE(tiny()), "a")
@@ -299,7 +299,7 @@ def test_a_layer_that_somebody_replaced_is_seen_when_a_task_is_set(collected):
     if collected:
         del kept
         gc.collect()
-    for task in ("a", None, ["a"]):
+    for task in ("a", ["a"]):
         refuses("the hook of a target is gone", mose.set_task, task)
     refuses("the hook of a target is gone", mose.begin_task, "b")
     if not collected:

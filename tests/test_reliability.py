@@ -1,5 +1,6 @@
 """Nothing lost: killed, cut short, fed nonsense, run a hundred times over."""
 
+import contextlib
 import dataclasses
 import fcntl
 import gc
@@ -205,14 +206,22 @@ def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch
     assert torch.equal(logits(mose, "a"), logits(whole, "a"))
 
 
-def test_processes_that_save_at_the_same_time_do_not_share_a_file(tmp_path, monkeypatch):
-    mose, names, replace = ready("a"), [], module.os.replace
-    monkeypatch.setattr(module.os, "replace", lambda part, path: (
-        names.append(part) or replace(part, path)))
-    for process in (7, 8, 8):
-        monkeypatch.setattr(module.os, "getpid", lambda: process)
-        mose.save(tmp_path / "m")
-    assert len({*names}) == 2 and [*tmp_path.iterdir()] == [tmp_path / "m"]
+def test_processes_that_save_at_the_same_time_do_not_share_a_file(guard, tmp_path, monkeypatch):
+    if not guard:  # off: the name of the new file is always the same
+        monkeypatch.setattr(module.os, "urandom", bytes)
+    first, second, path, flush = ready("a"), ready("a", "b"), tmp_path / "m", module.os.fsync
+
+    def meanwhile(file):
+        """The second one saves just when the first has written its file and not yet renamed it."""
+        monkeypatch.setattr(module.os, "fsync", flush)
+        second.save(path)
+        flush(file)
+
+    monkeypatch.setattr(module.os, "fsync", meanwhile)
+    with contextlib.nullcontext() if guard else pytest.raises(FileNotFoundError):
+        first.save(path)
+    assert [*MoSE.load(tiny(), path).tasks] == (["a"] if guard else ["a", "b"])
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_full_disk_is_noticed_before_training_and_a_failed_save_harms_nothing(
@@ -234,6 +243,7 @@ def test_a_full_disk_is_noticed_before_training_and_a_failed_save_harms_nothing(
     with pytest.raises(OSError, match="No space"):
         mose.save("m")
     assert Path("m").read_bytes() == before
+    assert not [*Path().glob("*.tmp")]
 
 
 # ------------------------------------------------------------------------------ damaged files
