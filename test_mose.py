@@ -1,10 +1,11 @@
 """What mose.py promises: the method's specification, to be run, or read from top to bottom.
 
-Each test's name is a claim. Where a claim rests on a guard in the code, the test runs twice, as
-[guarded] and as [control]: there the guard is off, and the very same check has to fail. The bases
-are tiny, random and made here, so no network, no GPU and less than a minute is needed:
+Each test's name is a claim. Where a claim rests on a guard in the code, a control shows that the
+check can fail. Either the test runs twice, as [guarded] and as [control]: there the guard is off,
+and the very same check has to fail. Or a line with the word "control" shows it. The bases are tiny,
+random and made here, so no network and no GPU are needed, and about a minute:
 
-    pip install pytest && pytest test_mose.py
+    pip install -r requirements.txt pytest && pytest test_mose.py
 """
 
 import contextlib
@@ -12,29 +13,34 @@ import copy
 import itertools
 import math
 import pickle
+import re
 import zlib
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import mose as module
 from mose import MoSE, MoSEConfig, StraightThrough, SubExperts, top_k_gates, top_k_mask
 
-reads = SubExperts.reads
-
-KINDS = {  # of attention: a base that has it, and its targets
+# {kind of attention: (an architecture that has it, its target layers)}
+KINDS = {
     "multi-head": ("llama", ("q_proj", "v_proj")),
     "grouped": ("llama", ("q_proj", "k_proj", "v_proj", "o_proj")),  # grouped-query
     "fused": ("gpt_neox", ("query_key_value",)),
     "conv1d": ("gpt2", ("c_attn",)),  # GPT-2 has a linear layer of its own, transposed
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+# (Some tests end a task that has learned nothing.)
+pytestmark = pytest.mark.filterwarnings("ignore:task .* learned nothing")
 both_modes = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "modern"])
 
 
 @pytest.fixture(params=[True, False], ids=["guarded", "control"])
 def guard(request):
+    """True: the code as it is. False: the control, for which the test switches a guard off.
+
+    `guard or monkeypatch.setattr(..)` does that. What then goes wrong stands behind "Off:".
+    """
     return request.param
 
 
@@ -53,15 +59,16 @@ def attach(kind="multi-head", dtype=torch.float32, **config):
 
 
 def data(name, size=4, length=8):
-    """Prompts (size, length) of a task: 8 tokens that tasks with another last letter don't use."""
+    """Prompts (size, length) of a task. Its last letter chooses 8 of the 64 tokens: of the letters
+    a to h, no two share one."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randint(8, (size, length), generator=generator) + 8 * (ord(name[-1]) % 8)
 
 
 def adam(mose):
-    """An optimizer for all tasks: it holds what `trainable_parameters` gives in any of them."""
-    own = torch.nn.ModuleList(mose.layers).parameters()
-    return torch.optim.AdamW(own, lr=0.03, weight_decay=0.1)
+    """One optimizer for all tasks. It holds every Parameter of the experts."""
+    parameters = torch.nn.ModuleList(mose.layers).parameters()
+    return torch.optim.AdamW(parameters, lr=0.03, weight_decay=0.1)
 
 
 def step(model, optimizer, ids, factor=1.0):
@@ -79,10 +86,12 @@ def learn(mose, *names, steps=3, optimizer=None, falls=None, end=True, source=No
     for name in names:
         mose.begin_task(name, source)
         mose.observe(data(name, 64))
-        own = optimizer or adam(mose)
-        losses = [step(mose.model, own, data(name)) for _ in range(steps)]
-        falls is None or falls.append(losses[0] - losses[-1])
-        mose.end_task() if end else None
+        its_optimizer = optimizer or adam(mose)
+        losses = [step(mose.model, its_optimizer, data(name)) for _ in range(steps)]
+        if falls is not None:
+            falls.append(losses[0] - losses[-1])
+        if end:
+            mose.end_task()
     return mose
 
 
@@ -121,33 +130,42 @@ def test_a_mask_has_exactly_k_entries_though_all_scores_tie():
     assert (score >= score.topk(3).values[-1]).all()  # control: a threshold keeps them all
 
 
-def test_the_gradient_is_that_of_equation_3_without_its_mask():
-    (weight, score, frozen, grad), (used, mask) = torch.randn(4, 200), torch.rand(2, 200) < 0.5
-    weight, score, one = (x.requires_grad_() for x in (weight, score, torch.ones(200)))
-    pool = StraightThrough.apply(weight, score, frozen, used, mask)
+def test_the_gradient_is_that_of_equation_3_as_if_all_entries_were_read():
+    weight, score, frozen, grad = torch.randn(4, 200)
+    used, reads = torch.rand(2, 200) < 0.5
+    weight.requires_grad_()
+    score.requires_grad_()
+    pool = StraightThrough.apply(weight, score, frozen, used, reads)
     value = frozen.where(used, weight)
-    assert torch.equal(pool, mask * value)
-    ours = torch.stack(torch.autograd.grad(pool, (weight, score), grad))
-    assert torch.equal(ours, torch.stack(torch.autograd.grad(one * value, (weight, one), grad)))
-    assert ours[0, ~mask & ~used].all() and not ours[0, used].any()
+    assert torch.equal(pool, reads * value)
+    grad_weight, grad_score = torch.autograd.grad(pool, (weight, score), grad)
+    # Here all entries are read, and each value is multiplied by a score of 1.
+    ones = torch.ones(200, requires_grad=True)
+    expected_weight, expected_score = torch.autograd.grad(ones * value, (weight, ones), grad)
+    assert torch.equal(grad_weight, expected_weight) and torch.equal(grad_score, expected_score)
+    assert grad_weight[~reads & ~used].all() and not grad_weight[used].any()
 
 
-class ToScoreOnly:
-    """The straight-through of Winning SubNetworks: only entries in the mask learn a value."""
+class OnlyWeightsThatAreRead:
+    """The straight-through of Winning SubNetworks: an entry that is not read learns its score, but
+    not its weight."""
 
     @staticmethod
-    def apply(weight, score, frozen, used, mask):
+    def apply(weight, score, frozen, used, reads):
         value = frozen.where(used, weight)
-        return value * mask + value.detach() * (score - score.detach())
+        return value * reads + value.detach() * (score - score.detach())
 
 
-def test_entries_of_b_outside_the_mask_can_win_a_place(guard, monkeypatch):
-    # Off: B starts at 0, where the gradient of its scores is 0, and stays there.
-    guard or monkeypatch.setattr("mose.StraightThrough", ToScoreOnly)
+def test_the_scores_of_entries_of_b_outside_the_mask_learn(guard, monkeypatch):
+    # Off: these entries keep the value 0 that B starts with, and the gradient of a score is the
+    # value times that of the entry. So it stays 0, and no such entry can win a place in the mask.
+    guard or monkeypatch.setattr("mose.StraightThrough", OnlyWeightsThatAreRead)
     mose = learn(attach(), "a", steps=0, end=False)
     layer, optimizer = mose.layers[0], adam(mose)
-    outside = ~layer.select() & (layer.weight == 0)
-    step(mose.model, optimizer, data("a")), step(mose.model, optimizer, data("a"))
+    in_B = torch.arange(len(layer.owner)) >= layer.size_A
+    outside = in_B & ~layer.select()
+    for _ in range(2):
+        step(mose.model, optimizer, data("a"))
     assert layer.score.grad[outside].any() == guard
 
 
@@ -155,68 +173,81 @@ def test_entries_of_b_outside_the_mask_can_win_a_place(guard, monkeypatch):
 
 
 class Slow(SubExperts):
-    """Equations (1) to (3) as they stand: example by example, token by token, expert by expert."""
+    """Equations (1) to (3) for the open task "c" as they stand: example by example, token by token,
+    expert by expert. `mistake` names what it gets wrong in a control."""
 
     def add_delta(self, layer, args, out):
         E, R, K = self.config.num_experts, self.config.rank, self.config.top_k
         (D, _), (_, O) = self.shape_A, self.shape_B
-        # What the open task reads: its new entries, those of its source "b" (number 2), and of A
-        # also those that "a" had used when "b" started.
-        mask = self.select()
+        size_A = D * E * R
+        # What "c" reads: its new entries, those of its source "b" (number 2), and of A also those
+        # of "a" (number 1), which were used when "b" started.
+        reads = self.select()
         for n, owner in enumerate(self.owner.tolist()):
-            mask[n] |= owner == 2 or owner == 1 and n < D * E * R
-        pool = mask * self.frozen.where(self.owner > 0, self.weight)
-        A, B = pool[:D * E * R].view(D, E, R), pool[D * E * R:].view(E, R, O)
+            of_source = owner == 2 and self.mistake != "no source"
+            of_earlier = owner == 1 and n < size_A
+            reads[n] |= of_source or of_earlier
+        pool = reads * self.frozen.where(self.owner > 0, self.weight)
+        A, B = pool[:size_A].view(D, E, R), pool[size_A:].view(E, R, O)
         x, delta = args[0], torch.zeros_like(out)
         for b, t in itertools.product(*map(range, out.shape[:2])):
-            odds = [math.exp(x[b, t] @ self.projection @ row) for row in self.router]
-            best = sorted(range(E), key=lambda e: odds[e])[-K:]
-            total = sum(odds[e] for e in (best if self.mistake == "sum to 1" else range(E)))
+            exps = [math.exp(x[b, t] @ self.projection @ row) for row in self.router]
+            best = sorted(range(E), key=lambda e: exps[e])[-K:]
+            total = sum(exps[e] for e in (best if self.mistake == "sum to 1" else range(E)))
             for e in best:
-                delta[b, t] += odds[e] / total * x[b, t] @ A[:, e] @ B[e]
-        return out + self.config.scale * delta
+                delta[b, t] += exps[e] / total * x[b, t] @ A[:, e] @ B[e]
+        return out + (1.0 if self.mistake == "no scale" else self.config.scale) * delta
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind, top_k, mistake", [
     *itertools.product(KINDS, (1, 2, 3), (None,)),
-    ("grouped", 2, "sum to 1")])  # the control: gates that are scaled to sum to 1
+    *(("grouped", 2, mistake) for mistake in ("sum to 1", "no source", "no scale"))])  # controls
 def test_the_fast_path_equals_a_loop_over_tokens_and_experts(kind, top_k, mistake, monkeypatch):
-    config = {"num_experts": 3, "rank": 2, "top_k": top_k, "density": 0.5, "scale": 1.0}
+    config = {"num_experts": 3, "rank": 2, "top_k": top_k, "density": 0.5, "scale": 3.0}
     with torch.enable_grad():
         mose = learn(learn(attach(kind, **config), "a", "b"), "c", end=False, source="b")
     monkeypatch.setattr("mose.SubExperts", Slow)
     slow = attach(kind, **config)
-    for theirs, ours in zip(slow.layers, mose.layers):
+    for theirs, ours in zip(slow.layers, mose.layers):  # they compute "c" whatever is in force
         vars(theirs).update(vars(ours), mistake=mistake)
     logits = snapshot(mose, "c", ids=data("c", 2)), snapshot(slow, None, ids=data("c", 2))
-    assert torch.allclose(*logits, atol=1e-5) == (mistake is None)
+    assert torch.allclose(*logits, atol=1e-4) == (mistake is None)
 
 
 def test_a_token_goes_to_exactly_k_experts_and_the_router_decides_which(guard, monkeypatch):
+    gates = top_k_gates(torch.randn(2, 5, 8), 2)
+    assert ((gates != 0).sum(-1) == 2).all()
     # Off: gates of 1/E, and then a router that sends its tokens elsewhere changes nothing.
     guard or monkeypatch.setattr("mose.top_k_gates", lambda logits, k: logits * 0 + 0.125)
     mose = learn(attach(num_experts=8, rank=2, top_k=2, density=0.5), "a")
-    gates = module.top_k_gates(torch.randn(2, 5, 8), 2)
-    assert ((gates != 0).sum(-1) == 2).all() == guard
     before = snapshot(mose, "a")
     for layer in mose.layers:
         layer.routers["a"] = layer.routers["a"].flip(0)  # expert e gets the tokens of E - 1 - e
     assert torch.equal(snapshot(mose, "a"), before) == (not guard)
 
 
-@pytest.mark.parametrize("dtype, auto", [
-    (torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
-def test_gates_and_experts_are_fp32_whatever_the_base_and_autocast_are(dtype, auto, monkeypatch):
-    mose = learn(attach(dtype=dtype, top_k=4), "a", end=False)
-    gates = []
-    monkeypatch.setattr("mose.top_k_gates", lambda *x: gates.append(top_k_gates(*x)) or gates[-1])
-    with torch.autocast("cpu", torch.bfloat16, enabled=auto):
+@pytest.mark.parametrize("dtype, auto, guard", [
+    (torch.bfloat16, False, True), (torch.float16, False, True),  # (without x.float() torch raises)
+    (torch.float32, True, True), (torch.float32, True, False)])
+def test_experts_are_fp32_whatever_the_base_and_autocast_are(dtype, auto, guard, monkeypatch):
+    mose, calls = learn(attach(dtype=dtype), "a", end=False), []
+    # Off: under autocast, the products of the experts are in bf16.
+    guard or monkeypatch.setattr("mose.autocast_off", lambda device: contextlib.nullcontext())
+
+    def noted(layer, x, matrices, delta=SubExperts.delta):
+        calls.append((layer, x, matrices, delta(layer, x, matrices)))
+        return calls[-1][-1]
+
+    with monkeypatch.context() as while_noted, torch.autocast("cpu", torch.bfloat16, enabled=auto):
+        while_noted.setattr(SubExperts, "delta", noted)
         logits = mose.model(data("a")).logits
-    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in mose.trainable_parameters())
     assert logits.dtype == (torch.bfloat16 if auto else dtype)
-    assert (gates[0].sum(-1) - 1).abs().max() < 1e-6
-    assert (gates[0].bfloat16().float().sum(-1) - 1).abs().max() > 1e-5  # control: rounded gates
+    own = mose.trainable_parameters()
+    assert all(grad.any() for grad in torch.autograd.grad(logits.float().square().mean(), own))
+    for layer, x, matrices, delta in calls:
+        assert torch.equal(delta, layer.delta(x, matrices)) == guard  # as without autocast
+        assert (delta.dtype == torch.float32) == guard
 
 
 # ------------------------------------------------------------------------------ the life of a task
@@ -238,23 +269,24 @@ def test_a_new_task_starts_as_the_bare_base_and_may_end_as_such(kind, guard, mon
         assert torch.equal(start, base) == (guard or name == "a")
         assert torch.equal(start, snapshot(mose, name)) and report == mose.capacity()[name]
         learn(mose, f"more {name}")
-        # Off: straight-through has moved free entries that were in no mask.
+        # Off: a task starts with all that the last one has moved, also where its mask was not.
         guard or monkeypatch.setattr(SubExperts, "begin", begin_without_new_weights)
 
 
 def test_a_task_with_a_source_starts_as_its_source_bit_for_bit(guard, monkeypatch):
+    def reads_all_of_A(layer, lineage, reads=SubExperts.reads):
+        return reads(layer, [*lineage, lineage[0]])  # as if the task had no source, but for B
+
     # Off: it reads all used entries of A, which are more than its source read.
-    reads = SubExperts.reads
-    guard or monkeypatch.setattr(
-        SubExperts, "reads", lambda layer, lineage: reads(layer, [*lineage, lineage[0]]))
+    guard or monkeypatch.setattr(SubExperts, "reads", reads_all_of_A)
     mose = learn(attach(density=0.3), *"abc")
     before = snapshot(mose, "a")
     mose.begin_task("d", "a")
     assert torch.equal(snapshot(mose, "d"), before) == guard
 
 
-def test_a_new_task_reads_every_used_entry_of_a_and_stores_only_its_own():
-    mose = learn(attach(density=0.2), *"abc")
+def test_a_new_task_reads_every_used_entry_of_a_and_owns_a_share_of_the_free_ones():
+    mose, new = learn(attach(density=0.2), *"abc"), [0, 0, 0]
     for layer in mose.layers:
         a, b, c = (layer.reads(mose.tasks[name]) for name in "abc")
         own_a, own_b, own_c = (layer.owner == number for number in (1, 2, 3))
@@ -262,8 +294,14 @@ def test_a_new_task_reads_every_used_entry_of_a_and_stores_only_its_own():
         assert torch.equal(a, own_a)
         assert torch.equal(b, own_b | own_a & in_A)
         assert torch.equal(c, own_c | (own_a | own_b) & in_A)
-    new = [entry["new"] for entry in mose.capacity().values()]
-    assert new == [sum(int((layer.owner == n).sum()) for layer in mose.layers) for n in (1, 2, 3)]
+        for owner in layer.split(layer.owner):
+            free = owner.numel()
+            for i in range(3):
+                wanted = int(0.2 * free)
+                assert (owner == i + 1).sum() == wanted  # later tasks have taken none of them
+                free -= wanted
+                new[i] += wanted
+    assert new == [entry["new"] for entry in mose.capacity().values()]
 
 
 def test_the_source_is_the_task_that_leaves_least_to_learn():
@@ -271,8 +309,9 @@ def test_the_source_is_the_task_that_leaves_least_to_learn():
     left = {None: 0.8, "a": 0.5, "b": 0.2, "c": 0.9}
     assert mose.best_source(lambda: left[mose.active]) == ("b", 0.25)
     assert mose.best_source(lambda: left[mose.active], guess=0.4) == ("b", 0.5)
-    # A source that is no better than a constant answer is no source, whatever the base leaves.
-    assert mose.best_source(lambda: left[mose.active], guess=0.25) == (None, 1.0)
+    # "b" leaves a little less than a constant answer, but not under WELL_BELOW = 0.75 times that.
+    assert mose.best_source(lambda: left[mose.active], guess=0.26) == (None, 1.0)
+    assert mose.best_source(lambda: left[mose.active], guess=0.27)[0] == "b"
     assert mose.best_source(lambda: 1.0) == (None, 1.0)
     assert attach().best_source(None) == (None, 1.0)  # nothing is finished: no probe is needed
     for bad in (-1.0, math.nan, math.inf):
@@ -288,6 +327,7 @@ def test_training_means_that_a_task_is_open_not_model_training():
 
 
 def share_of_all(layer, *given, begin=SubExperts.begin):
+    """`begin` with a density that is a share of all entries, and not of the free ones."""
     begin(layer, *given)
     for part, owner in enumerate(layer.split(layer.owner)):
         wanted = int(layer.config.density * owner.numel())
@@ -295,25 +335,29 @@ def share_of_all(layer, *given, begin=SubExperts.begin):
 
 
 def test_the_hundredth_task_still_gets_entries_and_learns_something(guard, monkeypatch):
-    # Off: nothing is left after 34 tasks, and the next one is refused.
+    # Off: 34 tasks of 3 % take all there is, and the next one is refused.
     guard or monkeypatch.setattr(SubExperts, "begin", share_of_all)
+    # (With so few entries, only a large scale shows in six steps that a task learns.)
     mose, falls = learn(attach(scale=32.0, density=0.03), *map(str, range(34)), steps=0), []
-    if not guard:
-        refuses("gets no entry", mose.begin_task, "34")
-        return
-    learn(mose, *map(str, range(34, 100)), steps=6, falls=falls)
-    new = [entry["new"] for entry in mose.capacity().values()]
-    assert new == sorted(new, reverse=True)
-    assert falls[-1] > 0.01 and 0 < new[-1] < new[0] / 10  # ever less, but never nothing
+    works = contextlib.nullcontext() if guard else pytest.raises(ValueError, match="gets no entry")
+    with works:
+        learn(mose, *map(str, range(34, 100)), steps=6, falls=falls)
+    assert len(mose.tasks) == (100 if guard else 34)
+    if guard:
+        new = [entry["new"] for entry in mose.capacity().values()]
+        assert new == sorted(new, reverse=True)
+        assert falls[-1] > 0.01 and 0 < new[-1] < new[0] / 10  # ever less, but never nothing
 
 
 def test_a_task_that_would_get_no_entry_is_refused_and_harms_none():
+    # A and B have 32 entries each. "a" takes 28 of them, and "b" 3: 90 % of the last one is none.
     mose = learn(attach(num_experts=1, rank=1, top_k=1, density=0.9), *"ab", steps=1)
     before = snapshot(mose, *"ab")
     refuses(r"'c' gets no entry of A or of B.*forget\(\) a task", mose.begin_task, "c")
     assert torch.equal(snapshot(mose, *"ab"), before) and mose.open is None
     mose.begin_task("c", "a")  # a source is enough
-    mose.forget("c"), mose.forget("a")
+    mose.forget("c")
+    mose.forget("a")
     mose.begin_task("c")  # and so is room
 
 
@@ -327,7 +371,7 @@ def test_a_task_for_which_no_entry_of_b_is_left_is_refused():
     assert [layer.num_new[1] for layer in mose.layers] == [1, 0, 0, 0]
 
 
-def test_which_task_is_in_force(tmp_path):
+def test_the_task_in_force_changes_only_by_set_task_or_by_its_end(tmp_path):
     base, mose = tiny()(data("a")).logits, learn(attach(), *"abc")
     with pytest.raises(KeyError), mose.task("a"):
         with mose.task(None):
@@ -335,10 +379,10 @@ def test_which_task_is_in_force(tmp_path):
         assert mose.active == "a"
         raise KeyError
     mose.forget("a")
-    assert mose.active == "c"  # the last to end; neither the error nor the loss of "a" changed it
-    for active in ("c", ["b", None]):
+    assert mose.active == "c"  # the last to be learned: neither the error nor forget() changed it
+    for active, gone in (("c", "c"), (["b", None], "b")):
         mose.set_task(active)
-        mose.forget(active[0])
+        mose.forget(gone)
         assert mose.active is None and torch.equal(mose.model(data("a")).logits, base)
     learn(mose, "a")  # its name was free again
     assert reloaded(mose, tmp_path / "m").active is None
@@ -392,31 +436,52 @@ def test_a_loss_of_nan_costs_only_the_open_task():
 # ------------------------------------------------------------------------------ never forgets
 
 
+def begin_that_keeps_what_is_used(layer, *given, begin=SubExperts.begin):
+    before, used = layer.weight.detach().clone(), layer.owner > 0
+    begin(layer, *given)
+    layer.weight.data[used] = before[used]  # so only the optimizer can change it
+
+
 def finished_from_the_weights(layer, name, lineage):
     pool = torch.where(layer.reads(lineage), layer.weight.detach(), 0.0)
     return layer.matrices(pool, layer.routers[name])
 
 
+def select_from_all(layer):
+    """`select` without its guard: used entries compete too."""
+    score_A, score_B = layer.score[:layer.size_A], layer.score[layer.size_A:]
+    new_A, new_B = layer.num_new
+    return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
+
+
 @both_modes
-def test_a_finished_task_never_changes(guard, reentrant, tmp_path, monkeypatch):
-    """Not by one AdamW for all tasks, weight decay, checkpointing, a bf16 base, the loss of another
-    task and a new process."""
-    # Off: what a finished task reads is in the Parameter, where an optimizer holds it.
-    guard or monkeypatch.setattr(SubExperts, "finished_matrices", finished_from_the_weights)
+@pytest.mark.parametrize("off", [None, "buffers", "selection"], ids=str)
+def test_a_finished_task_never_changes(off, reentrant, tmp_path, monkeypatch):
+    """Not by weight decay, one AdamW for all tasks, checkpointing, a bf16 base, forget() of another
+    task, or save and load."""
+    if off == "buffers":  # what a finished task reads is in the Parameter, which an optimizer holds
+        monkeypatch.setattr(SubExperts, "begin", begin_that_keeps_what_is_used)
+        monkeypatch.setattr(SubExperts, "finished_matrices", finished_from_the_weights)
+    if off == "selection":  # a new task takes over entries that finished tasks own
+        monkeypatch.setattr(SubExperts, "select", select_from_all)
     base = ("grouped", torch.bfloat16)
     mose = attach(*base)
     checkpoint(mose.model, reentrant)
     optimizer, logits = adam(mose), {}
     for name in "abc":
-        logits[name] = snapshot(learn(mose, name, optimizer=optimizer), name)
-    mose.forget("b")
-    if guard:
-        mose, momentum = reloaded(mose, tmp_path / "m", *base), optimizer.state_dict()
+        learn(mose, name, optimizer=optimizer)
+        logits[name] = snapshot(mose, name)
+        assert torch.equal(snapshot(mose, name), logits[name])
+    if off != "buffers":  # (the file holds the buffers)
+        mose.forget("b")
+        momentum = optimizer.state_dict()
+        mose = reloaded(mose, tmp_path / "m", *base)
         checkpoint(mose.model, reentrant)
         optimizer = adam(mose)
         optimizer.load_state_dict(momentum)
     learn(mose, "d", "e", optimizer=optimizer)
-    assert [torch.equal(snapshot(mose, name), logits[name]) for name in "ac"] == [guard] * 2
+    same = [torch.equal(snapshot(mose, name), logits[name]) for name in "ac"]
+    assert same == [off is None] * 2
 
 
 def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
@@ -431,11 +496,13 @@ def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
     assert (layer.weight != before[2])[used].any() and (layer.router != before[3]).any()
 
 
+def keep_own(layer, lineages, keep=SubExperts.keep):
+    """`keep` without what tasks read of others: no number is below a root of 0."""
+    return keep(layer, [[*lineage, 0] for lineage in lineages])
+
+
 def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch):
     # Off: all that the task owned is freed, though later tasks read its A.
-    def keep_own(layer, lineages, keep=SubExperts.keep):
-        return keep(layer, [[*lineage, 0] for lineage in lineages])  # a last number below all
-
     guard or monkeypatch.setattr(SubExperts, "keep", keep_own)
     mose = learn(attach(), *"abc")
     before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
@@ -447,23 +514,27 @@ def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch
         assert torch.equal(layer.owner > 0, read) and torch.equal(layer.frozen != 0, read)
         assert (layer.owner[:layer.size_A] == 2).any() == guard
         assert not (layer.owner[layer.size_A:] == 2).any()
-    mose.forget("a"), mose.forget("c")
+    mose.forget("a")
+    mose.forget("c")
     assert not any(layer.owner.any() for layer in mose.layers)
 
 
-def test_tasks_go_in_any_order_and_the_others_stay(tmp_path):
+@pytest.mark.parametrize("order", ["acbe", "ebac", "cbae"])
+def test_tasks_go_in_any_order_and_the_others_stay(order, guard, tmp_path, monkeypatch):
+    # Off: all that a task owned is freed.
+    guard or monkeypatch.setattr(SubExperts, "keep", keep_own)
     mose = learn(attach(density=0.2), *"ab")
     learn(mose, "c", source="a")
     learn(mose, "d")
     learn(mose, "e", source="c")
-    before = dict(zip("abcde", snapshot(mose, *"abcde")))
-    for gone in "acbe":
+    before, same = dict(zip("abcde", snapshot(mose, *"abcde"))), []
+    for gone in order:
         mose.forget(gone)
         mose = reloaded(mose, tmp_path / "m")
-        for name in mose.tasks:
-            assert torch.equal(snapshot(mose, name)[0], before[name])
+        same += [torch.equal(snapshot(mose, name)[0], before[name]) for name in mose.tasks]
     learn(mose, "f")
-    assert torch.equal(snapshot(mose, "d")[0], before["d"])
+    same.append(torch.equal(snapshot(mose, "d")[0], before["d"]))
+    assert all(same) == guard
 
 
 @both_modes
@@ -495,7 +566,7 @@ def test_each_example_of_a_batch_may_run_its_own_task(kind):
 
 @pytest.mark.parametrize("task", ["a", ["a", "b", None]], ids=["one", "mixed"])
 def test_generation_is_the_same_without_the_cache_and_without_padding(task):
-    mose, ids = learn(attach("grouped"), "a", "b"), data("c", 3)
+    mose, ids = learn(attach("grouped"), "a", "b", steps=20), data("c", 3)
     mask = torch.ones_like(ids)
     ids[1, :3] = mask[1, :3] = 0  # left-padded
 
@@ -503,10 +574,12 @@ def test_generation_is_the_same_without_the_cache_and_without_padding(task):
         with mose.task(task):
             return mose.model.generate(ids, attention_mask=mask, max_new_tokens=8, **other)[:, -8:]
 
-    cached = answers(task)
+    cached, base = answers(task), answers(None)
     assert torch.equal(cached, answers(task, use_cache=False))
-    assert torch.equal(cached[1:2], answers(task[:2][-1], ids[1:2, 3:], mask[1:2, 3:]))
-    assert not torch.equal(cached[:2], answers(None)[:2])  # control: the base says something else
+    second = task[1] if isinstance(task, list) else task
+    assert torch.equal(cached[1:2], answers(second, ids[1:2, 3:], mask[1:2, 3:]))
+    for i in (0, 1):  # control: the base says something else
+        assert not torch.equal(cached[i], base[i])
 
 
 # ------------------------------------------------------------------------------ task keys
@@ -516,25 +589,38 @@ def test_a_prompt_finds_its_task_without_a_pass_through_the_model(monkeypatch):
     mose = attach()
     mose.model.get_input_embeddings().weight.data[48:56] *= 4  # the tokens of "f", like no others
     learn(mose, *"abc")
-    monkeypatch.setattr(mose.model, "forward", None)
+    for module in mose.model.modules():
+        monkeypatch.setattr(module, "forward", None)
     prompts = torch.cat([data(f"new {name}", 1) for name in "bacabf"])  # "f" is far from them all
     for opened in (False, True):
         names, sure = mose.infer_task(prompts, return_confidence=True)
         assert names[:5] == [*"bacab"] and min(sure[:5]) > 0.9 and sure[5] < 0.01
-        assert names == [mose.infer_task(prompt[None])[0] for prompt in prompts]  # no batch's vote
-        opened or (mose.begin_task("d"), mose.observe(data("d", 200)))  # is no answer yet
-    mose.forget("d"), mose.forget("b")
+        # Each prompt is judged alone.
+        assert names == [mose.infer_task(prompt[None])[0] for prompt in prompts]
+        if not opened:  # a task that is still open is never the answer
+            mose.begin_task("d")
+            mose.observe(data("d", 200))
+    mose.forget("d")
+    mose.forget("b")
     assert mose.infer_task(prompts)[1:4] == [*"aca"] and {*mose.keys.tasks} == {*"ac"}
 
 
-def test_a_key_keeps_no_prompt_and_needs_only_one():
+def test_a_key_keeps_no_prompt_so_it_does_not_grow_with_them():
+    mose = attach()
+    mose.begin_task("a")
+    mose.observe(data("a", 20))  # these hold all tokens of the task
+    size = len(pickle.dumps(mose.open_sums))
+    mose.observe(data("more a", 200))
+    assert len(pickle.dumps(mose.open_sums)) <= size + 50  # the counts have more digits
+    assert 200 * data("a").shape[1] > 50  # control: a prompt takes a byte a token at the least
+
+
+@pytest.mark.parametrize("copies", [1, 50])  # copies have no spread: a covariance of 0
+def test_one_prompt_is_enough_for_a_key(copies):
     mose = attach()
     for name in "abc":
         mose.begin_task(name)
-        mose.observe(data(name, 1))
-        size = len(pickle.dumps((mose.open_sums, mose.keys.state())))
-        mose.observe(data(name, 1).repeat(50, 1))  # no spread: a covariance of 0, up to rounding
-        assert len(pickle.dumps((mose.open_sums, mose.keys.state()))) <= size + 50
+        mose.observe(data(name, 1).repeat(copies, 1))
         mose.end_task()
     assert mose.infer_task(torch.cat([data(name, 1) for name in "cab"])) == [*"cab"]
 
@@ -558,18 +644,22 @@ def test_prompt_ids_that_come_in_portions_make_the_same_key():
         whole.observe(torch.cat(prompts) if name == "b" else data("a", 64))
         whole.end_task()
     late.observe(prompts[1], task="b")
-    for one, other in zip(whole.keys.tasks["b"][:3], late.keys.tasks["b"][:3]):
-        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-4)
+    (count, mean, variance, _), other = whole.keys.tasks["b"], late.keys.tasks["b"]
+    assert count == other[0] == 128
+    assert torch.allclose(mean, other[1], rtol=1e-4)
+    assert math.isclose(variance, other[2], rel_tol=1e-4)
 
 
-TEMPLATE = torch.cat([torch.arange(40, 64), torch.arange(8)]).expand(64, 32)  # it says nothing
+# 32 tokens that tell nothing about a task. The tasks a, b, c and d below use none of 40 to 63.
+TEMPLATE = torch.cat([torch.arange(40, 64), torch.arange(8)]).expand(64, 32)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["plain", "template"])
-def test_text_that_all_tasks_share_changes_no_verdict(shared, guard, monkeypatch):
-    # Off: the shared text is a part of each prompt like any other.
+@pytest.mark.parametrize("shared, guard", [(False, True), (True, True), (True, False)],
+                         ids=["plain", "template", "template-control"])
+def test_a_prompt_of_no_task_is_doubted_also_behind_text_that_all_share(shared, guard, monkeypatch):
+    # Off: the shared text is a part of each prompt like any other, and it fits every task.
     nothing = torch.tensor([], dtype=torch.long)
-    guard or monkeypatch.setattr(module.TaskKeys, "shared_tokens", lambda keys: nothing)
+    guard or monkeypatch.setattr("mose.TaskKeys.shared_tokens", lambda keys: nothing)
     mose, size = attach(), 32 if shared else 0
 
     def prompts(name, count, length=3):
@@ -580,11 +670,11 @@ def test_text_that_all_tasks_share_changes_no_verdict(shared, guard, monkeypatch
         mose.observe(prompts(name, 64))
         mose.end_task()
     own = torch.cat([prompts(f"new {name}", 20) for name in "ab"])
-    far = torch.cat([prompts(f"new {name}", 20, length=1) for name in "cd"])  # of no task
+    far = torch.cat([prompts(f"new {name}", 20, length=1) for name in "cd"])  # they fit no task
     names, sure = mose.infer_task(own, return_confidence=True)
     assert names == 20 * ["a"] + 20 * ["b"] and min(sure) > 0.5
     _, far_sure = mose.infer_task(far, return_confidence=True)
-    assert (max(far_sure) < 0.5) == (guard or not shared)
+    assert (max(far_sure) < 0.5) == guard
 
 
 def test_a_task_of_short_prompts_is_found_beside_long_ones(guard):
@@ -613,7 +703,8 @@ def test_padding_is_no_part_of_a_prompt():
     padded = torch.cat([data("a", 2, 20), ids], dim=1)  # its padding looks like task "a"
     answer = mose.infer_task(ids, return_confidence=True)
     assert mose.infer_task(padded, (torch.arange(28) >= 20).expand(2, 28), True) == answer
-    assert mose.infer_task(padded) != answer[0] == ["b", "b"]  # control: without the mask
+    assert answer[0] == ["b", "b"]
+    assert mose.infer_task(padded) != answer[0]  # control: without the mask
 
 
 # ------------------------------------------------------------------------------ the model around it
@@ -624,7 +715,9 @@ def test_detaching_gives_back_the_base_bit_for_bit():
     model.lm_head.requires_grad_(False)
     before = copy.deepcopy(model)
     for _ in range(2):  # it can be attached to again
-        learn(MoSE(model), "a").detach()
+        mose = learn(MoSE(model), "a")
+        assert not torch.equal(model(data("a")).logits, before(data("a")).logits)  # control
+        mose.detach()
     for p, old in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(p, old) and p.requires_grad == old.requires_grad
     assert torch.equal(model(data("a")).logits, before(data("a")).logits)
@@ -637,9 +730,11 @@ def test_a_deepcopy_has_a_life_of_its_own(guard):
     guard or hooks.update({key: lambda *args, f=f: f(*args) for key, f in hooks.items()})
     logits = mose.model(data("a")).logits  # its graph is alive
     other = copy.deepcopy(mose)
-    mose.set_task(None), mose.model(data("a"))
+    mose.set_task(None)
+    mose.model(data("a"))
     assert torch.equal(other.model(data("a")).logits, logits) == guard
-    other.end_task(), learn(other, "b").detach()
+    other.end_task()
+    learn(other, "b").detach()
     assert torch.equal(snapshot(mose, "a")[0], logits)
 
 
@@ -657,23 +752,34 @@ def test_the_saved_base_holds_no_adapter(guard, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------ cost, and the file
 
 
-@pytest.mark.parametrize("count", [1, 8])
-def test_capacity_counts_the_bytes_of_the_file(count, tmp_path):
-    mose = learn(attach("grouped"), *"abcdefgh"[:count])
-    mose.save(tmp_path / "m")
-    report = [*mose.capacity().values()]
-    counted = sum(sum(entry["bytes"].values()) for entry in report)
-    assert abs((tmp_path / "m").stat().st_size - counted) < 4000  # what the container takes
-    used = sum(int((layer.owner > 0).sum()) for layer in mose.layers)
-    total = sum(len(layer.owner) for layer in mose.layers)
-    assert sum(entry["new"] for entry in report) == used == report[-1]["share"] * total
+def test_capacity_counts_the_bytes_of_the_file(tmp_path):
+    mose, sizes, counted = attach("grouped", router_dim=4), [], []
+    for name in "abcdefgh":
+        learn(mose, name)
+        mose.save(tmp_path / "m")
+        sizes.append((tmp_path / "m").stat().st_size)
+        report = [*mose.capacity().values()]
+        counted.append({kind: sum(entry["bytes"][kind] for entry in report)
+                        for kind in report[0]["bytes"]})
+        used = sum(int((layer.owner > 0).sum()) for layer in mose.layers)
+        total = sum(len(layer.owner) for layer in mose.layers)
+        assert sum(entry["new"] for entry in report) == used
+        assert report[-1]["share"] == used / total
+    assert abs(sizes[0] - sum(counted[0].values())) < 4000  # what the container takes
+    # What seven more tasks add: the container hardly counts there.
+    added = sizes[-1] - sizes[0]
+    grown = {kind: counted[-1][kind] - counted[0][kind] for kind in counted[0]}
+    total, tolerance = sum(grown.values()), 0.05 * added
+    assert abs(added - total) < tolerance
+    for kind in grown:  # controls: if one kind were not counted
+        assert abs(added - (total - grown[kind])) > tolerance
 
 
 def test_learning_goes_on_after_loading_as_if_it_had_never_stopped(tmp_path):
     mose = learn(attach(), "a")
     again = reloaded(mose, tmp_path / "m")
     for m in (mose, again):
-        torch.manual_seed(1)
+        torch.manual_seed(1)  # begin_task draws its seed from torch's generator
         learn(m, "b")
     assert torch.equal(snapshot(mose, "a", "b"), snapshot(again, "a", "b"))
     assert mose.infer_task(data("b")) == again.infer_task(data("b")) == [*"bbbb"]
@@ -682,17 +788,24 @@ def test_learning_goes_on_after_loading_as_if_it_had_never_stopped(tmp_path):
 def test_a_file_fits_its_base_in_any_precision_and_only_whole(tmp_path):
     path, other = tmp_path / "m", tiny()
     for dtype in (torch.bfloat16, torch.float16):
-        assert reloaded(learn(attach(dtype=dtype), "a"), path).tasks == {"a": [1]}
+        mose = learn(attach(dtype=dtype), "a")
+        again = reloaded(mose, path)  # onto a base of fp32
+        assert again.tasks == {"a": [1]}
+        for one, two in zip(mose.layers, again.layers):
+            assert torch.equal(one.owner, two.owner) and torch.equal(one.frozen, two.frozen)
+            assert torch.equal(one.routers["a"], two.routers["a"])
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
     refuses("1 differ: model.layers.0.mlp.up_proj", MoSE.load, other, path)
     refuses("no linear layer has the name.*there are", MoSE.load, tiny("fused"), path)
     whole = path.read_bytes()
-    for damaged in (whole[:-100], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
+    one_bit = whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]  # in the compressed part
+    for damaged in (whole[:-100], one_bit):
         path.write_bytes(damaged)
         refuses("damaged", MoSE.load, tiny(), path)
-    for other in (b"", b"MoSE 2" + whole[6:]):  # an empty file, and how earlier files began
-        path.write_bytes(other)
-        refuses(r"its format is b'(MoSE 2)?.*expected b'MoSE 3", MoSE.load, tiny(), path)
+    for begin in (b"", b"MoSE 2\n"):  # an empty file, and how earlier files began
+        path.write_bytes(begin and begin + whole[7:])
+        says = f"its format is {begin!r}, expected {whole[:7]!r}"
+        refuses(re.escape(says), MoSE.load, tiny(), path)
 
 
 def test_a_save_that_breaks_off_leaves_the_old_file_whole(guard, monkeypatch, tmp_path):
@@ -710,8 +823,9 @@ def test_a_save_that_breaks_off_leaves_the_old_file_whole(guard, monkeypatch, tm
 @pytest.mark.parametrize(
     "field", "num_experts rank top_k density scale router_dim router_std key_dim".split())
 def test_a_value_out_of_range_names_its_field(field):
-    real = {"density": [1.01], "scale": [], "router_std": []}
-    for value in [0, -1, math.nan, "1", *real.get(field, [1.5, 5.5])]:
+    more = {"density": [1.01], "scale": [], "router_std": []}  # of floats; all others are integers
+    for value in [0, -1, math.nan, math.inf, "1", *more.get(field, [1.5, 5.5])]:
+        # (top_k=1, since num_experts=1 has to be possible.)
         refuses(f"{field}: got", lambda: MoSEConfig(**{"top_k": 1, field: value}))
     MoSEConfig(**{"top_k": 1, field: 1})  # control: 1 is in every range
     refuses("top_k: got 5", lambda: MoSEConfig(top_k=5))
