@@ -740,7 +740,8 @@ class MoSE:
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all."""
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
-        self.keys.restore(*self.keys.state())  # rounded as in the file: both go on alike
+        # From here on, the keys are rounded as in the file: who saves and who loads infer alike.
+        self.keys.restore(*self.keys.state())
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
                    for name in self.tasks}  # {name: (layers, E, P)}
@@ -1113,6 +1114,10 @@ def check_model(model):
     expect(getattr(model, "tp_size", None) in (None, 1),
            "tensor parallel layers see only a part of their inputs or outputs: load the base "
            "without tp_plan. A base that outgrows a GPU can be sharded (docs/works-with.md)")
+    # Without this, the next lines would fail at the shape of the token embeddings.
+    expect(model.get_input_embeddings().weight.numel() > 0,
+           "this process has no token embeddings: ZeRO-3 and FSDP1 are not supported. A base that "
+           "outgrows a GPU can be sharded with FSDP2 (docs/works-with.md)")
     kind = type(model).__name__
     expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
            f"{kind} has a head that was drawn at random, and the base stays as it is: expected a "

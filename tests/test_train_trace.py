@@ -299,6 +299,7 @@ def test_prompt_ids_of_any_length_and_script_are_learned_and_answered(tmp_path, 
                           methods="mose", max_prompt=64, device="cpu"))
     result = json.loads((tmp_path / "runs/default/mose.json").read_text())
     assert result["examples"] == {"long": [4, 4]} and result["task_id_accuracy"] == [100.0]
+    assert result["bwt"] is None  # of one task alone
 
 
 def test_the_result_holds_everything_that_was_done(run):
@@ -572,7 +573,8 @@ def test_a_wrong_option_is_named(base, options, message):
 @pytest.mark.parametrize("argv", [
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
     ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
-    ["--tokens", "0"], ["--replay", "2"], ["--test", "never"], ["--top_k", "5"], ["--experts", "0"],
+    ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "0"], ["--lr", "nan"],
+    ["--test", "never"], ["--top_k", "5"], ["--experts", "0"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -607,7 +609,11 @@ def test_files_that_no_run_has_made_are_never_overwritten(tmp_path, force):
     with pytest.raises(ValueError, match="not of a run of this script, such as config.json"):
         claim(tmp_path, {}, force=force)
     assert (tmp_path / "config.json").exists()
-    (tmp_path / "args.json").write_text("{}")  # control: this one is the folder of a run
+    (tmp_path / "args.json").write_text("{}")  # other programs write a file of this name too
+    with pytest.raises(ValueError, match="not of a run of this script"):
+        claim(tmp_path, {}, force=force)
+    # Control: this one is the folder of a run.
+    (tmp_path / "args.json").write_text(json.dumps({"options": {}}))
     if force:
         claim(tmp_path, {}, force=force).close()
     else:

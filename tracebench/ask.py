@@ -14,22 +14,23 @@ ANSWER = 128  # tokens of an answer at most
 SURE = 0.5  # confidence from which on a prompt is given to its task
 
 
-def prompt_limit(file, task, args):
-    """The tokens of a prompt that the task was trained on and tested with, as the run of the
-    adapter noted them in its folder. Where it did not, --max_prompt holds."""
+def notes_of_run(file):
+    """What the run of an adapter noted in its folder: {} if there is nothing."""
     notes = Path(file).with_name("args.json")
-    limits = json.loads(notes.read_text()).get("limits", {}) if notes.exists() else {}
-    return limits.get(task, args.max_prompt)
+    return json.loads(notes.read_text()) if notes.exists() else {}
 
 
 def ask(args):
     """Answer one prompt: infer its task, or leave it to the base when it is far from all tasks."""
     file, prompt = args.ask
+    notes = notes_of_run(file)
     model, tokenizer = load_model(args)
     try:
         adapter = MoSE.load(model, file)
     except ValueError as error:
-        raise ValueError(f"{error}; was it trained on --model {args.model}?") from error
+        trained_on = notes.get("options", {}).get("model", "unknown")
+        raise ValueError(f"{error}. This is --model {args.model}, and that of its run is "
+                         f"{trained_on}") from error
     whole, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
     (name,), (sure,) = adapter.infer_task(torch.tensor([whole]), return_confidence=True)
     print(f"task: {name}, confidence {sure:.2f}")
@@ -39,7 +40,10 @@ def ask(args):
     adapter.set_task(name)
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     # Where a prompt leaves little room, the answer is shortened, and never the prompt.
-    limit = min(prompt_limit(file, name, args), positions - 1)
+    # The task was trained and tested with so many tokens of a prompt. A file that was moved away
+    # from its run's notes takes --max_prompt.
+    its_limit = notes.get("limits", {}).get(name, args.max_prompt)
+    limit = min(its_limit, positions - 1)
     if len(whole) > limit:
         print(f"the prompt has {len(whole)} tokens, and the model reads the last {limit} of them")
     ids = torch.tensor([cut(whole, limit, tokenizer.bos_token_id)], device=model.device)

@@ -64,18 +64,18 @@ def read(base, task, split):
     return rows_of(*fetch(base, task, split))
 
 
-def sample(rows, count, what):
+def sample(rows, count, seed):
     """A random sample of `count` rows in their order, always the same one; all rows for 0.
 
     The first rows would not do: a file that is sorted by answer begins with one answer only. The
     sample does not depend on the seed of a run, so that all methods and seeds are compared on it.
-    what: words for the sample, from which it is drawn, and which stand in a warning.
+    seed: words from which it is drawn, such as "FOMC, --max_train". They also stand in a warning.
     """
     if count > len(rows):
-        print(f"warning: {what}: {count} were asked for, but there are {len(rows)}: all are taken")
+        print(f"warning: {seed}: {count} were asked for, but there are {len(rows)}: all are taken")
     if count == 0 or count >= len(rows):
         return [*rows]
-    chosen = random.Random(what).sample(range(len(rows)), count)
+    chosen = random.Random(seed).sample(range(len(rows)), count)
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -204,8 +204,9 @@ def load_tasks(args, tokenizer, model):
     names, metrics = listed(args.tasks), metrics_of(args.metric)
     wrong = [name for name in names if metrics.get(name) not in SCORES]
     if wrong:
-        raise ValueError(f"--tasks: {wrong} have no metric: expected of {', '.join(TASKS)}, or "
-                         f"others with --metric TASK={'|'.join(SCORES)}")
+        got = {name: metrics.get(name) for name in wrong}
+        raise ValueError(f"--metric: got {got}, expected one of {', '.join(SCORES)} for each task "
+                         f"that is not TRACE's. TRACE's tasks are {', '.join(TASKS)}")
     if len({*names}) < len(names):
         raise ValueError(f"--tasks {args.tasks}: expected each once")
     positions = getattr(model.config, "max_position_embeddings", math.inf)

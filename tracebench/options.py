@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
+import torch
 import transformers
 
 from mose import MoSEConfig
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A preset is a set of other defaults. The data of this one is a public copy of TRACE-0.5K. It
 # belongs to zjwang21 and is not part of this project.
 PRESETS = {"": {}, "gpu": {
-    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "epochs": "trace", "test": "ends",
+    "name": "gpu", "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "epochs": "trace", "test": "ends",
     "lora_lr": 3e-3, "tokens": 16384, "dtype": "bfloat16",
     "data": "https://raw.githubusercontent.com/zjwang21/TRACE/"
     "cb1bfea893e6181801b1e663ec659316533c1e21/TRACE-Benchmark/LLM-CL-Benchmark_500"}}
@@ -35,24 +37,28 @@ class Args:
     model: str = option(str(ROOT / "assets/tiny-llm"), "hub id or folder of a causal LM")
     data: str = option(str(ROOT / "assets/trace-mini"), "folder or URL with TASK/{train,test}.json")
     tasks: str = option(",".join(TASKS), "the tasks, in the order of learning")
-    metric: str = option("", "of further tasks, as TASK=METRIC,..: " + ", ".join(SCORES))
-    methods: str = option("lora,replay,task_lora,mose", "of " + ", ".join(METHODS))
+    metric: str = option("", "metrics of tasks that are not TRACE's, as TASK=METRIC,..: "
+                         + ", ".join(SCORES))
+    methods: str = option("lora,replay,task_lora,mose", "some of "
+                          + ", ".join(METHODS))
     name: str = option("default", "results go to runs/NAME")
-    force: bool = option(False, "overwrite the results of an earlier run of that name")
-    seeds: str = option("0", "of start and data order; 0,1,2 makes the runs NAME-0 to NAME-2")
-    epochs: str = option("4", "a number, one for each task (5,3,..), or: trace, short")
+    force: bool = option(False, "delete the results of an earlier run of that name")
+    seeds: str = option("0", "seeds of what is drawn and of the order of the data; 0,1,2 makes "
+                        "the runs NAME-0 to NAME-2")
+    epochs: str = option("4", "epochs of each task: a number, a list (5,3,..), trace for TRACE's "
+                         "own, or short for less than half of these")
     lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 2.5 / width of the base)")
     lora_lr: float = option(5e-3, "learning rate of all other methods")
-    schedule: str = option("cosine", "of the learning rate", ("cosine", "constant"))
+    schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
     batch: int = option(16, "examples of one step")
     tokens: int = option(1536, "tokens of one training pass at most, with padding")
-    max_prompt: int = option(1024, "the last tokens of a prompt, which the model reads")
+    max_prompt: int = option(1024, "of a longer prompt, only so many tokens are read, the last ones")
     max_train: int = option(0, "train on a random sample of so many examples a task (0: all); "
                             "keys see all prompts")
     max_test: int = option(0, "score a random sample of so many examples a task (0: all)")
     test: str = option("all", "ends: each task when it is learned, and all at the end; all: every "
                        "seen task after each task", ("all", "ends"))
-    split: str = option("test", "what is scored; choose settings by eval", ("test", "eval"))
+    split: str = option("test", "what is scored: test, or eval to choose settings", ("test", "eval"))
     targets: str = option("q_proj,v_proj", "linear layers that get experts")
     experts: int = option(MoSEConfig.num_experts, "experts of mose and moe_lora")
     rank: int = option(MoSEConfig.rank, "rank of each expert of mose")
@@ -61,11 +67,11 @@ class Args:
     density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
     scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
     lora_rank: int = option(8, "rank of a LoRA and, in all, of moe_lora")
-    lora_scale: float = option(4.0, "their scale, alpha / rank")
+    lora_scale: float = option(4.0, "scale of a LoRA and of moe_lora, alpha / rank")
     replay: float = option(0.05, "share of each earlier task's examples, mixed into a task")
     resume: str = option("", "go on with an interrupted run: its folder, and no other option")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "of the base", ("auto", "bfloat16", "float16", "float32"))
+    dtype: str = option("auto", "dtype of the base", ("auto", "bfloat16", "float16", "float32"))
     device_map: str = option("", "auto spreads a large base over several GPUs (needs accelerate)")
     shard: bool = option(False, "each process keeps its part of the base only (torchrun, FSDP2)")
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
@@ -110,6 +116,12 @@ def check(args):
             raise ValueError(f"--{name}: got {getattr(args, name)}, expected at least {least}")
     if args.top_k > args.experts:
         raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}")
+    if not 0 <= args.lr < math.inf:
+        raise ValueError(f"--lr: got {args.lr}, expected a rate above 0, or 0 for the default")
+    if not 0 < args.lora_lr < math.inf:
+        raise ValueError(f"--lora_lr: got {args.lora_lr}, expected a rate above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu")
     if not 0 <= args.replay <= 1:
         raise ValueError(f"--replay: got {args.replay}, expected a share of 0 .. 1")
     if args.shard and args.device_map:

@@ -44,6 +44,12 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS_OF_FILES = ("*.json", "*.pt", "*.png", "table.md", "page.html")  # that a run makes
 
 
+def is_of_a_run(folder):
+    """Whether a folder is of a run of this script: other programs write an args.json too."""
+    file = folder / "args.json"
+    return file.exists() and "options" in json.loads(file.read_text())
+
+
 def claim(folder, options, go_on=False, force=False):
     """Make a run's folder, note its options there, and return the lock on it, which has to be kept.
 
@@ -59,7 +65,7 @@ def claim(folder, options, go_on=False, force=False):
         raise ValueError(f"{folder}: less than 256 MB are free there: make room before you train")
     if not go_on:
         files = [file for kind in KINDS_OF_FILES for file in folder.glob(kind)]
-        if files and not (folder / "args.json").exists():  # whoever made them would lose them
+        if files and not is_of_a_run(folder):  # whoever made them would lose them
             raise ValueError(f"{folder} has files that are not of a run of this script, such as "
                              f"{files[0].name}: choose another --name")
         done = [file for file in files if file.suffix == ".json" and file.name != "args.json"]
@@ -161,10 +167,8 @@ class Record:
         return len(self.result["R"])
 
     def remaining(self, lessons):
-        """(number, Task) of the lessons that are not done yet."""
-        for t, task in [*enumerate(lessons)][self.done():]:
-            self.start_clock()
-            yield t, task
+        """[(number, Task)] of the lessons that are not done yet."""
+        return [*enumerate(lessons)][self.done():]
 
     def adapter(self, model):
         """The adapter as the last lesson left it, or a new one; attached to the model."""
@@ -191,9 +195,7 @@ class Record:
         """
         result = self.result
         file = self.folder / f"{self.method}-{self.done() + 1}.pt"
-        # Each process holds a part of a sharded base, so they make its fingerprint together, and
-        # all of them save. The file is the same, and it is replaced whole.
-        if processes.RANK == 0 or processes.SHARDED:
+        if processes.RANK == 0:
             adapter.save(file)
         processes.wait()
         adapter.detach()
@@ -259,7 +261,8 @@ def facts_of_run(record, model, tasks):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process on a CPU."""
+    """Bytes: of the GPU's memory, or of this process on a CPU. There it counts from the start of
+    the process, so it is the peak of all methods so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -149,10 +149,11 @@ def summarize(R, zero_shot=None):
     starts as the bare base, and has gained nothing.
     """
     last, T = R[-1], len(R[-1])
-    own = [R[i][i] for i in range(T)] if len(R) == T else [None]
+    # With one task, nothing can be lost, and R alone does not tell whether it was learned.
+    own = [R[i][i] for i in range(T)] if len(R) == T > 1 else [None]
     summary = dict.fromkeys(("bwt", "bwt_treelora", "forgetting", "fwt"))
     summary |= {"op": mean(last), "learned": mean(own)}
-    if None in own:  # nothing was learned, or all at once
+    if None in own:  # nothing was learned, or all at once, or one task only
         return summary
     summary["bwt"] = backward_transfer(R)
     # As TreeLoRA and MoRAM print it: what was lost, never below 0, over all T tasks.
