@@ -40,6 +40,9 @@ the two matrices of the experts.)
 
 CHOICE marks what we chose because we did not have the paper's method section.
 DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds.
+
+To learn the method, read down to the line in the middle of the class MoSE that says so. What comes
+after it is saving, checks, and the keys by which prompts find their task.
 """
 
 import contextlib
@@ -217,13 +220,14 @@ class SubExperts(nn.Module):
         self.requires_grad_(True)
         self.zero_grad()
         # CHOICE: density is a share of the entries that are still free, in A and in B each. So
-        # later tasks own fewer entries, and neither matrix is ever used up.
+        # later tasks own fewer entries, and with a density below 1 neither matrix is ever used up.
         for part, owner in enumerate(self.split(self.owner)):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate.
+        # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate: at
+        # the default rate of 2.5 / width, a step is about the whole spread at a width of 600.
         drawn = torch.rand(self.score.shape, generator=generator, **FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -245,13 +249,15 @@ class SubExperts(nn.Module):
     def reads(self, lineage):
         """The used entries that a task with this lineage reads, a bool mask (N,).
 
-        These are the entries of all tasks in the lineage. (An open task owns none yet.) The last
-        number of the lineage is its root, the task that started as the bare base. All entries of A
-        with a smaller number were used when the root began, and they are read too.
+        These are the entries of all tasks in the lineage. (An open task owns none yet. It also reads
+        those that it would select now, which `open_matrices` adds.) The last number of the lineage
+        is its root, the task that started as the bare base. All entries of A with a smaller number
+        were used when the root began, and they are read too.
         """
-        # CHOICE: a new task reads all used entries of A. Nothing has to be stored for that, and its
-        # A has more entries that are not 0. It does not read the used entries of B, which would add
-        # the outputs of all earlier tasks to its own.
+        # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
+        # that, and its A has more entries that are not 0. It does not read the used entries of B,
+        # which would add the outputs of all earlier tasks to its own. (A task with a source reads
+        # what its source reads, and no more, so that it starts as an exact copy.)
         root = lineage[-1]
         mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
         owner_A = self.owner[:self.size_A]
@@ -261,7 +267,7 @@ class SubExperts(nn.Module):
     def select(self):
         """The new entries of the open task (N,), a bool mask: the best of the free entries."""
         # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
-        # ones. Here a task reads all used entries of A anyway, and those of B would do harm.
+        # ones. Here a task reads used entries of A anyway, and those of B would do harm.
         free_score = self.score.masked_fill(self.owner > 0, -math.inf)
         score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
         new_A, new_B = self.num_new
@@ -293,8 +299,8 @@ class SubExperts(nn.Module):
         self.is_open = False
         self.learning = False
 
-    def keep(self, lineages):
-        """Free all entries that no task with one of these lineages reads."""
+    def keep_only(self, lineages):
+        """Keep what tasks with these lineages read, and free all other entries."""
         read = torch.zeros_like(self.owner, dtype=torch.bool)  # (N,)
         for lineage in lineages:
             read |= self.reads(lineage)
@@ -654,7 +660,7 @@ class MoSE:
         for layer in self.layers:
             layer.is_open = False
             layer.routers.pop(name, None)
-            layer.keep(self.tasks.values())
+            layer.keep_only(self.tasks.values())
         in_force = self.active if isinstance(self.active, list) else [self.active]
         if name in in_force:
             self.set_task(None)
@@ -840,8 +846,9 @@ class TaskKeys:
 
     A task has a mean and a variance of its own, and all tasks share the shape of one covariance.
     (Linear discriminant analysis does the same, but there they share its size too.) A prompt can
-    also belong to none of them: this is one more Gaussian, which is wider. Only running sums are
-    kept, and no prompt.
+    also belong to none of them: this is one more Gaussian, which is wider. To choose among tasks,
+    the variance of each is drawn towards the typical one. To compare with "none of them", its own
+    is taken. Only running sums are kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts

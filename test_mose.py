@@ -496,14 +496,14 @@ def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
     assert (layer.weight != before[2])[used].any() and (layer.router != before[3]).any()
 
 
-def keep_own(layer, lineages, keep=SubExperts.keep):
-    """`keep` without what tasks read of others: no number is below a root of 0."""
-    return keep(layer, [[*lineage, 0] for lineage in lineages])
+def keep_own(layer, lineages, keep_only=SubExperts.keep_only):
+    """`keep_only` without what tasks read of others: no number is below a root of 0."""
+    return keep_only(layer, [[*lineage, 0] for lineage in lineages])
 
 
 def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch):
     # Off: all that the task owned is freed, though later tasks read its A.
-    guard or monkeypatch.setattr(SubExperts, "keep", keep_own)
+    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
     mose = learn(attach(), *"abc")
     before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
     mose.forget("b")
@@ -522,7 +522,7 @@ def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch
 @pytest.mark.parametrize("order", ["acbe", "ebac", "cbae"])
 def test_tasks_go_in_any_order_and_the_others_stay(order, guard, tmp_path, monkeypatch):
     # Off: all that a task owned is freed.
-    guard or monkeypatch.setattr(SubExperts, "keep", keep_own)
+    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
     mose = learn(attach(density=0.2), *"ab")
     learn(mose, "c", source="a")
     learn(mose, "d")
