@@ -249,10 +249,10 @@ class SubExperts(nn.Module):
     def reads(self, lineage):
         """The used entries that a task with this lineage reads, a bool mask (N,).
 
-        These are the entries of all tasks in the lineage. (An open task owns none yet. It also reads
-        those that it would select now, which `open_matrices` adds.) The last number of the lineage
-        is its root, the task that started as the bare base. All entries of A with a smaller number
-        were used when the root began, and they are read too.
+        These are the entries of all tasks in the lineage. (An open task owns none yet. It also
+        reads those that it would select now, which `open_matrices` adds.) The last number of the
+        lineage is its root, the task that started as the bare base. All entries of A with a smaller
+        number were used when the root began, and they are read too.
         """
         # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
         # that, and its A has more entries that are not 0. It does not read the used entries of B,
@@ -516,7 +516,11 @@ class MoSE:
 
         If it runs out of memory while it selects the entries, the task stays open: call it again.
         """
-        finite = all(p.isfinite().all() for p in self.trainable_parameters())
+        expect(self.open is not None, "no task is open: call begin_task(name) first")
+        check_layers(self.model, self.layers)
+        check_frozen(self.model, self.layers)
+        # Of all Parameters, also of those that the caller has frozen in the meantime.
+        finite = all(p.isfinite().all() for layer in self.layers for p in layer.parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
         name, number = self.open, self.lineage[0]
@@ -525,7 +529,8 @@ class MoSE:
         for layer, what in zip(self.layers, learned):
             layer.finish(name, number, *what)
         self.tasks[name] = self.lineage
-        self.open = self.active = None
+        self.open = None
+        self.set_task(None)  # so the bare base is in force if anything below fails
         if has_key:
             self.keys.merge(name, self.open_sums)
         self.set_task(name)
@@ -545,7 +550,7 @@ class MoSE:
         A list has a finished task, or None, for each row of the batch; the open task can't be in
         it. `generate` repeats each example for beams and for several answers: repeat its name as
         often. Keep the task until after backward(), since gradient checkpointing runs the forward
-        pass once more. Only the open task learns: put it in force again before you train on.
+        pass once more. Only the open task learns: put it in force again before you go on training.
         Raises ValueError for a task that is not known.
         """
         if isinstance(task, str):
@@ -583,7 +588,8 @@ class MoSE:
 
     @contextlib.contextmanager
     def task(self, task):
-        """`with mose.task("FOMC"): ...` puts a task in force, and then what was in force before.
+        """`with mose.task("FOMC"): ...` puts a task in force, and then what was in force before; or
+        the bare base, if that was forgotten or renamed in the meantime.
 
         It holds for all threads, as `set_task` does. So if another thread is generating an answer,
         that answer changes midway.
@@ -594,8 +600,9 @@ class MoSE:
             yield
         finally:
             names = before if isinstance(before, list) else [before]
-            there = all(name in (None, self.open, *self.tasks) for name in names)
-            self.set_task(before if there else None)  # it may have been forgotten in the meantime
+            finished = all(name is None or name in self.tasks for name in names)
+            there = finished or before == self.open
+            self.set_task(before if there else None)
 
     # ---- which task a prompt belongs to
 
@@ -744,9 +751,12 @@ class MoSE:
         return report
 
     def save(self, path):
-        """Write the finished tasks to one file, which is replaced whole or not at all."""
+        """Write the finished tasks to one file, which is replaced whole or not at all.
+
+        The keys are rounded, in the file and here: let each of several processes save.
+        """
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
-        # From here on, the keys are rounded as in the file: who saves and who loads infer alike.
+        # So who saves and who loads find the same tasks.
         self.keys.restore(*self.keys.state())
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
@@ -1121,14 +1131,16 @@ def check_model(model):
     expect(getattr(model, "tp_size", None) in (None, 1),
            "tensor parallel layers see only a part of their inputs or outputs: load the base "
            "without tp_plan. A base that outgrows a GPU can be sharded (docs/works-with.md)")
-    # Without this, the next lines would fail at the shape of the token embeddings.
-    expect(model.get_input_embeddings().weight.numel() > 0,
-           "this process has no token embeddings: ZeRO-3 and FSDP1 are not supported. A base that "
-           "outgrows a GPU can be sharded with FSDP2 (docs/works-with.md)")
     kind = type(model).__name__
     expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
            f"{kind} has a head that was drawn at random, and the base stays as it is: expected a "
            "causal language model, which answers in words")
+    # FSDP1 and ZeRO-3 take away the weights, or flatten them, while no pass is running.
+    table = model.get_input_embeddings().weight
+    wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    expect(table.dim() == 2 and table.numel() > 0 and not wrapped,
+           "the base is sharded by FSDP1 or ZeRO-3, which are not supported: expected FSDP2 "
+           "(docs/works-with.md)")
 
 
 def hooks_of(model):
@@ -1159,8 +1171,9 @@ def check_frozen(model, layers):
     free = [name for name, p in model.named_parameters()
             if p.requires_grad and id(p) not in experts]
     expect(not free, f"the base has to stay frozen, but {len(free)} of its parameters require a "
-                     f"gradient: {free[:3]}. Call requires_grad_(False) on them; what was added "
-                     "after the MoSE, such as a LoRA of peft, has to be added before it")
+                     f"gradient: {free[:3]}. Call requires_grad_(False) on these alone, and not "
+                     "on the experts. A LoRA of peft gets free if it is added after the MoSE, and "
+                     "whenever disable_adapter() ends")
 
 
 def warn_of_unused(model, layers, name):
@@ -1178,7 +1191,7 @@ def warn_of_unused(model, layers, name):
         warnings.warn(f"task {name!r} learned nothing: no step of an optimizer has changed it. A "
                       f"task has to be in force while it is trained: set_task({name!r})",
                       stacklevel=3)
-    elif unused:
+    elif paths:
         warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No "
                       "gradient reached them. If the model reads their weights itself, leave them "
                       "out of targets", stacklevel=3)
@@ -1301,8 +1314,7 @@ def fingerprint(model):
         if "rope_" in name:
             for group in ("rope_parameters.", "rope_scaling."):  # in transformers 5, and in 4
                 name = name.replace(group, "")
-            # A file of JSON, from which a base may be loaded later, has lists only.
-            result[f"config.{name}"] = [*value] if isinstance(value, tuple) else value
+            result[f"config.{name}"] = value
     return result
 
 
@@ -1343,7 +1355,9 @@ def differences(saved, here, needed):
     wrong = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
     for name in both:
         a, b = saved[name], here[name]
-        if name.startswith("config."):
+        if isinstance(a, (list, tuple)) and name.startswith("config."):
+            same = [*a] == [*b]  # a config that was loaded from JSON has lists where it had tuples
+        elif name.startswith("config."):
             same = a == b
         elif len(a) != len(b):
             same = False

@@ -2,7 +2,6 @@
 
     python -m benchmarks.smollm2 search              # the rate of a LoRA of rank 1
     python -m benchmarks.smollm2 long                # all methods on trace-mini, three seeds
-    python -m benchmarks.smollm2 short --data PATH   # TRACE-0.5K: its five tasks of short prompts
     python -m benchmarks.smollm2 whole --data PATH   # TRACE-0.5K: all eight tasks, one epoch
     python -m benchmarks.smollm2 memory --data PATH  # its longest answers and prompts: peak memory
     python -m benchmarks.smollm2 gpu --data PATH     # one GPU: all eight tasks, 1 to 3 epochs
@@ -40,8 +39,7 @@ from tracebench.methods import METHODS, OURS
 from tracebench.scores import TASKS, mean
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ("search", "long", "short", "whole", "memory", "gpu")
-SHORT = ("C-STANCE", "FOMC", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds")  # the tasks of `short`
+RUNS = ("search", "long", "whole", "memory", "gpu")
 RATES = ("3e-3", "1e-2")  # of the search
 # {name of a run: its options}, of trace-mini with 100 steps a task.
 LONG = {
@@ -76,11 +74,6 @@ def jobs(what, data):
     if what == "memory":
         own += ["--tasks", "ScienceQA,MeetingBank", "--max_train", "96", "--max_test", "20"]
         return {"memory mose 0": [*own, "--methods", "mose"]}
-    if what == "short":
-        runs = {"floor,base": ["--methods", "floor,base"]}
-        runs |= {name: LONG[name] for name in ("mose", "task_lora r1", "task_lora")}
-        own += ["--tasks", ",".join(SHORT)]
-        return {f"short {name} 0": [*own, *options] for name, options in runs.items()}
     methods = ("floor,base", "mose", "lora", "task_lora", "replay", "joint")
     runs = {some: ["--methods", some] for some in methods}
     runs["task_lora r1"] = LONG["task_lora r1"]
@@ -202,7 +195,9 @@ def about_moses(name, runs, methods):
            f"prompts is inferred right. A task owns {new:,.0f} numbers and has "
            f"{total / len(tasks):,.0f} bytes (the first {first:,.0f}, the last {last:,.0f}). Tasks "
            f"that start from another: {', '.join(sources) or 'none'}.")
-    for other in ("task_lora", "task_lora r1"):
+    for other in ("task_lora", "task_lora r1", "mose"):
+        if other == name:
+            continue
         gaps = [a["op"] - b["op"] for a in runs for b in methods.get(other, [])
                 if a["args"]["seeds"] == b["args"]["seeds"]]
         if len(gaps) > 1:
@@ -269,7 +264,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=(*RUNS, "report"))
     parser.add_argument("--model", default="runs/smollm2")
-    parser.add_argument("--data", help="of short, whole, memory, gpu: the folder of TRACE-0.5K")
+    parser.add_argument("--data", help="of whole, memory, gpu: the folder of TRACE-0.5K")
     args = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
     if args.what == "report":

@@ -269,8 +269,16 @@ def test_a_task_that_is_forgotten_while_another_is_in_force_for_a_while_leaves_t
     mose.set_task(["a", None])
     with pytest.raises(KeyError), mose.task("b"):  # the caller's own error, and none about "a"
         mose.forget("a")
+        mose.begin_task("a")  # its name is free again, and an open task can't be in a list
         raise KeyError
     assert mose.active is None
+
+
+def test_weights_that_are_not_finite_are_seen_though_they_are_frozen():
+    mose = learn(attach(), "a", end=False)
+    mose.layers[0].weight.data[0] = float("nan")
+    mose.model.requires_grad_(False)
+    refuses("'a' has weights that are not finite", mose.end_task)
 
 
 @pytest.mark.filterwarnings("error")
@@ -295,18 +303,21 @@ def test_where_warnings_are_errors_a_task_without_a_key_is_finished_all_the_same
     assert torch.equal(now, snapshot(mose, "a")[0]) and not torch.equal(now, snapshot(mose, None)[0])
 
 
-def test_a_task_that_could_not_be_put_in_force_when_it_ended_leaves_the_bare_base(monkeypatch):
+@pytest.mark.parametrize("in_force", ["b", "a", ["a", None]])
+def test_a_task_that_could_not_be_put_in_force_when_it_ended_leaves_the_bare_base(
+        in_force, monkeypatch):
     def no_memory(layer, name, lineage):
         raise torch.OutOfMemoryError
 
-    mose = learn(attach(), "a", end=False)
+    mose = learn(learn(attach(), "a"), "b", end=False)
+    mose.set_task(in_force)
     monkeypatch.setattr(SubExperts, "finished_matrices", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         mose.end_task()
     monkeypatch.undo()
     assert mose.active is None
     now = mose.model(data("a")).logits
-    assert torch.equal(now, snapshot(mose, None)[0]) and not torch.equal(now, snapshot(mose, "a")[0])
+    assert torch.equal(now, snapshot(mose, None)[0]) and not torch.equal(now, snapshot(mose, "b")[0])
 
 
 def test_gradients_of_a_dropped_task_do_not_reach_the_next(guard, monkeypatch):

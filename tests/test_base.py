@@ -301,3 +301,10 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "m").is_symlink()
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["file"]  # no .tmp beside it
     assert [*MoSE.load(tiny(), tmp_path / "m").tasks] == ["a"]
+
+
+def test_a_setting_that_was_a_tuple_and_is_now_a_list_is_the_same():
+    saved, here = {"config.mrope_section": (1, 2)}, {"config.mrope_section": [1, 2]}
+    assert differences(saved, here, []) == differences(here, saved, []) == []
+    here["config.mrope_section"][1] = 3  # control
+    assert differences(saved, here, []) == ["config.mrope_section"]

@@ -290,11 +290,18 @@ def test_a_hook_that_somebody_removed_is_seen_when_a_task_is_set(task, guard, mo
     assert torch.equal(mose.model(data("a")).logits, tiny()(data("a")).logits)
 
 
-def test_a_base_whose_embeddings_are_elsewhere_is_refused():
-    """With ZeRO-3 and FSDP1, a process sees empty weights outside of a pass."""
+class FullyShardedDataParallel(torch.nn.Module):
+    """As the wrapper of FSDP1 is named. It keeps the shapes of weights whose memory it frees."""
+
+
+@pytest.mark.parametrize("table", [torch.empty(0), torch.empty(2048), None])
+def test_a_base_that_fsdp1_or_zero3_has_sharded_is_refused(table):
     model = tiny()
-    model.get_input_embeddings().weight.data = torch.empty(0)
-    refuses("ZeRO-3 and FSDP1 are not supported", MoSE, model)
+    if table is None:
+        model.model.wrapper = FullyShardedDataParallel()
+    else:
+        model.get_input_embeddings().weight.data = table
+    refuses("sharded by FSDP1 or ZeRO-3, which are not supported", MoSE, model)
 
 
 @pytest.mark.parametrize("collected", [False, True], ids=["old layer kept", "old layer gone"])

@@ -96,7 +96,7 @@ def test_what_was_not_tested_is_not_summed_up():
     at_once = summarize([[20.0, 70.0, 90.0]])
     assert at_once["op"] == 60.0 and at_once["learned"] is at_once["bwt"] is None
     alone = summarize([[20.0]], zero_shot=[1.0])  # one task: nothing can be lost
-    assert alone["op"] == 20.0 and alone["bwt"] is alone["forgetting"] is alone["fwt"] is None
+    assert alone["op"] == 20.0 and alone["learned"] is alone["bwt"] is alone["forgetting"] is alone["fwt"] is None
 
 
 def test_the_standard_error_is_that_of_the_mean():

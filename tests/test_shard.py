@@ -181,7 +181,7 @@ def wrong_ways(folder):
             fully_shard(part)
         said[when] = [message(mose.begin_task, "b")] if when == "before" else [
             message(mose.trainable_parameters), message(mose.end_task),
-            message(mose.set_task, None)]
+            message(mose.set_task, "a")]
     split = load(tp_plan="auto")
     said["tensor parallel"] = [message(MoSE, split)]
     note(folder, wrong_ways, **said)

@@ -609,9 +609,10 @@ def test_files_that_no_run_has_made_are_never_overwritten(tmp_path, force):
     with pytest.raises(ValueError, match="not of a run of this script, such as config.json"):
         claim(tmp_path, {}, force=force)
     assert (tmp_path / "config.json").exists()
-    (tmp_path / "args.json").write_text("{}")  # other programs write a file of this name too
-    with pytest.raises(ValueError, match="not of a run of this script"):
-        claim(tmp_path, {}, force=force)
+    for text in ("{}", "", "3"):  # other programs write a file of this name too
+        (tmp_path / "args.json").write_text(text)
+        with pytest.raises(ValueError, match="not of a run of this script"):
+            claim(tmp_path, {}, force=force)
     # Control: this one is the folder of a run.
     (tmp_path / "args.json").write_text(json.dumps({"options": {}}))
     if force:

@@ -28,9 +28,9 @@ def ask(args):
     try:
         adapter = MoSE.load(model, file)
     except ValueError as error:
-        trained_on = notes.get("options", {}).get("model", "unknown")
-        raise ValueError(f"{error}. This is --model {args.model}, and that of its run is "
-                         f"{trained_on}") from error
+        its_model = notes.get("options", {}).get("model", "not known")
+        raise ValueError(f"{error}. Its run had --model {its_model}, and this is --model "
+                         f"{args.model}") from error
     whole, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
     (name,), (sure,) = adapter.infer_task(torch.tensor([whole]), return_confidence=True)
     print(f"task: {name}, confidence {sure:.2f}")
@@ -39,10 +39,10 @@ def ask(args):
         name = None
     adapter.set_task(name)
     positions = getattr(model.config, "max_position_embeddings", math.inf)
-    # Where a prompt leaves little room, the answer is shortened, and never the prompt.
-    # The task was trained and tested with so many tokens of a prompt. A file that was moved away
-    # from its run's notes takes --max_prompt.
+    # The run noted how many tokens of a prompt the task was trained and tested with. A file that
+    # was moved away from these notes takes --max_prompt.
     its_limit = notes.get("limits", {}).get(name, args.max_prompt)
+    # Where a prompt leaves little room, the answer is shortened, and never the prompt.
     limit = min(its_limit, positions - 1)
     if len(whole) > limit:
         print(f"the prompt has {len(whole)} tokens, and the model reads the last {limit} of them")

@@ -46,8 +46,11 @@ KINDS_OF_FILES = ("*.json", "*.pt", "*.png", "table.md", "page.html")  # that a 
 
 def is_of_a_run(folder):
     """Whether a folder is of a run of this script: other programs write an args.json too."""
-    file = folder / "args.json"
-    return file.exists() and "options" in json.loads(file.read_text())
+    try:
+        notes = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(notes, dict) and "options" in notes
 
 
 def claim(folder, options, go_on=False, force=False):

@@ -142,7 +142,8 @@ def mean(values):
 
 
 def summarize(R, zero_shot=None):
-    """What papers report of a matrix R; None for what needs a score that was not tested.
+    """What papers report of a matrix R; None for what needs a score that was not tested, and, of a
+    single task, for all but op.
 
     zero_shot: the scores of the bare base. Forward transfer (FWT) is the mean of R[i - 1][i] -
     zero_shot[i]: what task i has gained before it is learned. Where that is not tested, each task
