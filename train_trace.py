@@ -255,7 +255,7 @@ def session(todo, runs, args):
     zero_shot = None
     if args.test == "all":
         zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
-    records = [Record(folder, method, tasks, own) for folder, own, method in todo]
+    records = [Record(folder, method, tasks, its_args) for folder, its_args, method in todo]
     steps = 0
     for record in records:  # floor and base have no lessons
         for _, task in record.remaining(lessons(record.method, record.args, tasks)):

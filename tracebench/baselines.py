@@ -127,7 +127,8 @@ class LoRA:
     def end_task(self):
         """Returns how many numbers are new, and the share of all that is in use: always all."""
         new = 0 if self.tasks else sum(p.numel() for p in self.trainable_parameters())
-        self.tasks[self.open], self.open = None, None
+        self.tasks[self.open] = None
+        self.open = None
         return {"new": new, "share": 1.0}
 
     def set_task(self, name):

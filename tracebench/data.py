@@ -99,12 +99,15 @@ def to_text(tokenizer, ids):
 def cut(prompt, limit, bos):
     """The BOS, if there is one, and the last tokens of a prompt, `limit` in all."""
     keep = int(prompt[:1] == [bos])
-    return prompt if len(prompt) <= limit else prompt[:keep] + prompt[len(prompt) - limit + keep:]
+    if len(prompt) <= limit:
+        return prompt
+    first_kept = len(prompt) - (limit - keep)
+    return prompt[:keep] + prompt[first_kept:]
 
 
 @dataclasses.dataclass
 class Task:
-    """A task's texts as ids."""
+    """One task: its examples as ids and as texts, and how it is learned and scored."""
 
     name: str
     metric: str
@@ -155,10 +158,13 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     # first_letter reads one character, which has 4 bytes at the most, so no more tokens.
     max_new = min(longest, 4) if metric == "first_letter" else longest
     return Task(
-        name, metric, epochs, examples, [prompt for prompt, _ in encoded],
-        [encode(tokenizer, row)[0] for row in test], writable_golds(tokenizer, name, test),
-        limit, max_new, train, test,
-        {part: hashlib.sha256(content).hexdigest() for part, (_, content) in files.items()})
+        name=name, metric=metric, epochs=epochs, train=examples,
+        train_prompt_ids=[prompt for prompt, _ in encoded],
+        test_prompt_ids=[encode(tokenizer, row)[0] for row in test],
+        golds=writable_golds(tokenizer, name, test), limit=limit, max_new=max_new,
+        train_texts=train, test_texts=test,
+        digests={part: hashlib.sha256(content).hexdigest()
+                 for part, (_, content) in files.items()})
 
 
 def writable_golds(tokenizer, name, test):

@@ -51,7 +51,7 @@ def load_model(args):
 
 def passes_of_this_process(examples, tokens):
     """This process's share of some examples, in lists for one pass of at most `tokens` tokens."""
-    return processes.own_passes(examples, lambda own: passes(own, tokens), IDLE)
+    return processes.own_passes(examples, lambda some: passes(some, tokens), IDLE)
 
 
 def answer_logits(model, tokenizer, examples):
@@ -73,20 +73,20 @@ def answer_logits(model, tokenizer, examples):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, task, rows, args):
-    """Greedy answers {row: text} to some rows of a task's test prompts, from the prompts alone.
+def generate(model, tokenizer, task, numbers, args):
+    """Greedy answers {number: text} to the test prompts of these numbers, from the prompts alone.
     Every process gets all answers."""
-    prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in rows}
+    prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in numbers}
 
-    def in_passes(own):
+    def in_passes(some):
         limit = TOKENS_FACTOR_IN_CACHE * args.tokens
-        return passes(own, limit, lambda i: len(prompts[i]) + task.max_new)
+        return passes(some, limit, lambda i: len(prompts[i]) + task.max_new)
 
     texts = {}
-    for some in processes.own_passes(rows, in_passes, idle=[]):
+    for some in processes.own_passes(numbers, in_passes, idle=[]):
         # The prompts are padded on the left, so that every answer begins at the same position.
-        own = [prompts[i] for i in some] or [ids for ids, _ in IDLE]
-        ids, mask = pad(own, tokenizer.pad_token_id, "left")
+        rows = [prompts[i] for i in some] or [ids for ids, _ in IDLE]
+        ids, mask = pad(rows, tokenizer.pad_token_id, "left")
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
                              max_new_tokens=task.max_new, synced_gpus=processes.SHARDED)
         for i, answer in zip(some, out[:, ids.shape[1]:]):

@@ -24,8 +24,8 @@ def start(device):
 
 
 def shards():
-    """Options of from_pretrained() with which a process loads its own part of each weight only: none,
-    where one process reads what several have done. Raises ValueError for an old transformers."""
+    """Options of from_pretrained(), by which each process loads its own part of each weight only. A
+    single process needs none. Raises ValueError for an old transformers."""
     global SHARDED
     if WORLD == 1:
         return {}
@@ -45,12 +45,15 @@ def own_passes(rows, split, idle):
     if not SHARDED:
         return split(rows[RANK::WORLD])
     plans = [[*split(rows[rank::WORLD])] for rank in range(WORLD)]
-    return plans[RANK] + [idle] * (max(map(len, plans)) - len(plans[RANK]))
+    own, longest = plans[RANK], max(map(len, plans))
+    return own + [idle] * (longest - len(own))
 
 
 def add_up(*tensors):
     """Replace each tensor by its sum over all processes."""
-    for x in tensors if WORLD > 1 else ():
+    if WORLD == 1:
+        return
+    for x in tensors:
         torch.distributed.all_reduce(x)
 
 

@@ -91,8 +91,8 @@ def locked_folders(args):
             args, seeds=seed, name=name, force=False, resume="")
     with contextlib.ExitStack() as stack:
         if processes.RANK == 0:
-            for folder, own in runs.items():
-                options = dataclasses.asdict(own)
+            for folder, its_args in runs.items():
+                options = dataclasses.asdict(its_args)
                 stack.enter_context(claim(folder, options, bool(args.resume), args.force))
         processes.wait()
         yield runs
@@ -100,8 +100,8 @@ def locked_folders(args):
 
 def unfinished(runs):
     """[(folder, Args, method)] of all that has no result yet."""
-    return [(folder, own, method) for folder, own in runs.items()
-            for method in listed(own.methods) if not (folder / f"{method}.json").exists()]
+    return [(folder, its_args, method) for folder, its_args in runs.items()
+            for method in listed(its_args.methods) if not (folder / f"{method}.json").exists()]
 
 
 def expect_same_data(folder, tasks):
@@ -250,14 +250,14 @@ class Record:
 def facts_of_run(record, model, tasks):
     """What a result file says of its run, beside the scores: options, examples, memory, versions."""
     cuda = model.device.type == "cuda"
-    threads = f"{model.device.type}, {torch.get_num_threads()} threads"
+    name = f"{model.device.type}, {torch.get_num_threads()} threads"
     return {
         "method": record.method, "args": dataclasses.asdict(record.args), "tasks": record.tasks,
         "examples": {t.name: [len(t.train), len(t.test_prompt_ids)] for t in tasks},
         "asked": {t.name: [{"prompt": row["prompt"], "answer": gold}
                            for row, gold in zip(t.test_texts[:2], t.golds)] for t in tasks},
         "peak_memory_bytes": peak_memory(model.device), "processes": processes.WORLD,
-        "device": torch.cuda.get_device_name() if cuda else threads,
+        "device": torch.cuda.get_device_name() if cuda else name,
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)}
         | {"python": platform.python_version()},
         "date": time.strftime("%Y-%m-%d")}

@@ -96,20 +96,27 @@ def sari(prediction, gold, prompt):
     source, guess, *refs = map(words_13a, (prompt, prediction, *golds))
     total = 0.0
     for n in range(1, 5):
-        old, out, *wanted = (
+        # How often each n-gram occurs in the prompt, in the answer, and in all references together.
+        # The first two count once for each reference.
+        old, out, *of_refs = (
             collections.Counter(zip(*(words[i:] for i in range(n))))
             for words in (source, guess, *refs))
-        want = sum(wanted, collections.Counter())
-        old, out = ({gram: count * len(refs) for gram, count in x.items()} for x in (old, out))
-        old, out = collections.Counter(old), collections.Counter(out)
-        kept, keep = old & out, old & want
-        good = kept & keep
+        wanted = sum(of_refs, collections.Counter())
+        old, out = (collections.Counter({gram: count * len(refs) for gram, count in grams.items()})
+                    for grams in (old, out))
+        # What the answer keeps, and what it should keep.
+        kept, should_keep = old & out, old & wanted
+        good = kept & should_keep
         keep_p = sum(good[g] / kept[g] for g in kept) / len(kept) if kept else 1.0
-        keep_r = sum(good.values()) / sum(keep.values()) if keep else 1.0
-        gone = old - out
-        drop_p = sum((gone - want)[g] / gone[g] for g in gone) / len(gone) if gone else 1.0
-        new, add = set(out) - set(old), set(want) - set(old)
-        add_p, add_r = (len(new & add) / len(side) if side else 1.0 for side in (new, add))
+        keep_r = sum(good.values()) / sum(should_keep.values()) if should_keep else 1.0
+        # What it drops. (SARI counts the precision alone.)
+        dropped = old - out
+        right = dropped - wanted
+        drop_p = sum(right[g] / dropped[g] for g in dropped) / len(dropped) if dropped else 1.0
+        # What it adds: here only whether an n-gram occurs counts.
+        added, should_add = set(out) - set(old), set(wanted) - set(old)
+        good = added & should_add
+        add_p, add_r = (len(good) / len(side) if side else 1.0 for side in (added, should_add))
         total += (f1(keep_p, keep_r) + drop_p + f1(add_p, add_r)) / 12
     return 100.0 * total
 
