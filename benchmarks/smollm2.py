@@ -28,6 +28,7 @@ tasks, density 0.003, seed 0).
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import subprocess
 import sys
@@ -195,7 +196,13 @@ def about_moses(name, runs, methods):
            f"prompts is inferred right. A task owns {new:,.0f} numbers and has "
            f"{total / len(tasks):,.0f} bytes (the first {first:,.0f}, the last {last:,.0f}). Tasks "
            f"that start from another: {', '.join(sources) or 'none'}.")
-    for other in ("task_lora", "task_lora r1", "mose"):
+    others = methods.get("task_lora", [])
+    if len(runs) > 1 and len(others) > 1:
+        gap = mean([r["op"] for r in runs]) - mean([r["op"] for r in others])
+        errors = [standard_error([r["op"] for r in some]) for some in (runs, others)]
+        yield (f"`{name}` - `task_lora`: {gap:+.1f}, standard error {math.hypot(*errors):.1f} (not "
+               "paired, since the same seed drew other numbers there).")
+    for other in ("task_lora r1", "mose"):
         if other == name:
             continue
         gaps = [a["op"] - b["op"] for a in runs for b in methods.get(other, [])
