@@ -290,14 +290,12 @@ class SubExperts(nn.Module):
     def finish(self, name, number, new, router):
         """Freeze what the open task has learned, under its name and number.
 
-        Nothing here takes memory, so it can't fail after some layers are done. From here on the
-        layer is the bare base, until a task is put in force.
+        Nothing here takes memory, so it can't fail after some layers are done.
         """
         torch.where(new, self.weight, self.frozen, out=self.frozen)
         self.owner.masked_fill_(new, number)
         self.routers[name] = router
         self.is_open = False
-        self.learning = False
 
     def keep_only(self, lineages):
         """Keep what tasks with these lineages read, and free all other entries."""
@@ -501,14 +499,18 @@ class MoSE:
         self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
         self.set_task(name)
 
+    def _check_open(self):
+        """Raise ValueError unless a task is open, and all is as it was when it began."""
+        expect(self.open is not None, "no task is open: call begin_task(name) first")
+        check_layers(self.model, self.layers)
+        check_frozen(self.model, self.layers)
+
     def trainable_parameters(self):
         """The open task's Parameters: weights, scores and routers.
 
         Make a new optimizer for each task: the old one's momentum is noise for a new task.
         """
-        expect(self.open is not None, "no task is open: call begin_task(name) first")
-        check_layers(self.model, self.layers)
-        check_frozen(self.model, self.layers)
+        self._check_open()
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
 
     def end_task(self):
@@ -516,9 +518,7 @@ class MoSE:
 
         If it runs out of memory while it selects the entries, the task stays open: call it again.
         """
-        expect(self.open is not None, "no task is open: call begin_task(name) first")
-        check_layers(self.model, self.layers)
-        check_frozen(self.model, self.layers)
+        self._check_open()
         # Of all Parameters, also of those that the caller has frozen in the meantime.
         finite = all(p.isfinite().all() for layer in self.layers for p in layer.parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "

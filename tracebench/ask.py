@@ -29,8 +29,7 @@ def ask(args):
         adapter = MoSE.load(model, file)
     except ValueError as error:
         its_model = notes.get("options", {}).get("model", "not known")
-        raise ValueError(f"{error}. Its run had --model {its_model}, and this is --model "
-                         f"{args.model}") from error
+        raise ValueError(f"{error}. Its run had --model {its_model}") from error
     whole, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
     (name,), (sure,) = adapter.infer_task(torch.tensor([whole]), return_confidence=True)
     print(f"task: {name}, confidence {sure:.2f}")
