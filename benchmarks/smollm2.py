@@ -166,8 +166,9 @@ def table(results, start, title, about, tasks):
     for method, runs in methods.items():
         if runs[0]["tokens"]:
             commits = sorted({commit for r in runs for commit in r["commit"].split(", ")})
-            yield (f"\n`{method}`: commit {', '.join(commits)}, rate {rate_of(runs[0])}; "
-                   f"{cost(runs)}.")
+            base = "bf16" if runs[0]["args"]["dtype"] == "bfloat16" else "fp32"
+            yield (f"\n`{method}`: commit {', '.join(commits)}, rate {rate_of(runs[0])}, base in "
+                   f"{base}; {cost(runs)}.")
     if "mose" not in methods:
         yield "\nMoSEs at the default density were not measured here with this version."
     for name, runs in methods.items():
