@@ -43,7 +43,7 @@ def stored():
 def round_to_bf16(adapter):
     """Round what training made."""
     if not isinstance(adapter, MoSE):
-        adapter.tasks = {name: [w.bfloat16() for w in weights]
+        adapter.tasks = {name: [w.bfloat16().float() for w in weights]
                          for name, weights in adapter.tasks.items()}
         return
     for layer in adapter.layers:

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mose import MoSE, device_of, find_targets, fixed_signs, in_out, top_k_gates
+from mose import (
+    MoSE, compressed, decompressed, device_of, find_targets, fixed_signs, in_out, top_k_gates)
 from tracebench.files import write_bytes
 
 ROUTER_DIM = 16  # numbers that the router of MoELoRA reads of a token, as many as in MoSEs
@@ -148,14 +149,24 @@ class LoRA:
         for parameter, values in zip(self.trainable_parameters(), weights, strict=True):
             parameter.copy_(values)
 
+    def pack(self, weights):
+        """A list of tensors as few bytes, by the code that MoSEs use for the values of a task."""
+        return compressed(torch.cat([values.flatten() for values in weights]))
+
+    def unpack(self, packed):
+        """The inverse of `pack`."""
+        like = self.trainable_parameters()
+        numbers = decompressed(packed, torch.float32).split([p.numel() for p in like])
+        return [values.view(p.shape) for values, p in zip(numbers, like)]
+
     def content(self):
         """What the file holds: the weights stand there once, whatever the number of tasks."""
-        return {"tasks": [*self.tasks], "weights": self.get_weights()}
+        return {"tasks": [*self.tasks], "weights": self.pack(self.get_weights())}
 
     def restore(self, tasks, weights):
         """The inverse of `content`."""
         self.tasks = dict.fromkeys(tasks)
-        self.set_weights(weights)
+        self.set_weights(self.unpack(weights))
 
     def save(self, path):
         """Write one compressed file of fp32 numbers, as MoSE does, so that sizes compare."""
@@ -195,10 +206,10 @@ class LoRAPerTask(LoRA):
         super().set_task(name)
 
     def content(self):
-        return {"tasks": self.tasks}
+        return {"tasks": {name: self.pack(weights) for name, weights in self.tasks.items()}}
 
     def restore(self, tasks):
-        self.tasks = tasks
+        self.tasks = {name: self.unpack(packed) for name, packed in tasks.items()}
 
 
 class MoELoRA(LoRA):
