@@ -33,6 +33,7 @@ score on trace-mini compares with any paper's.
 # ]
 # ///
 
+import dataclasses
 import math
 import random
 import sys
@@ -53,7 +54,7 @@ from tracebench.model import (
     passes_of_this_process)
 from tracebench.options import parse
 from tracebench.runs import (
-    Record, Tested, draw, expect_same_data, facts_of_run, locked_folders, unfinished)
+    Record, Tested, draw, expect_same_data, facts_of_run, locked_folders, start_anew, unfinished)
 from tracebench.scores import SCORES, floor, mean
 
 
@@ -231,7 +232,7 @@ def main(args):
     device, _ = choose_device(args)
     processes.start(device)
     with locked_folders(args) as runs:  # {folder: its Args}, one for each seed
-        todo = unfinished(runs)
+        todo = unfinished(runs, go_on=bool(args.resume))
         if todo:
             session(todo, runs, args)
         if processes.RANK == 0:
@@ -245,11 +246,15 @@ def session(todo, runs, args):
     """
     model, tokenizer = load_model(args)
     tasks = load_tasks(args, tokenizer, model)
-    for folder in runs:
-        expect_same_data(folder, tasks)
     for method in dict.fromkeys(method for _, _, method in todo):
         if method not in ("floor", "base"):
-            attach(method, args, model).detach()  # a wrong option fails here, before any training
+            attach(method, args, model).detach()  # a wrong option fails here: nothing is lost yet
+    if processes.RANK == 0 and not args.resume:
+        for folder, its_args in runs.items():
+            start_anew(folder, dataclasses.asdict(its_args))
+    processes.wait()
+    for folder in runs:
+        expect_same_data(folder, tasks)
     # Forward transfer is a task's score before it is learned, less that of the bare base. With
     # --test ends no task is tested before it is learned.
     zero_shot = None

@@ -42,6 +42,7 @@ def stored():
 
 def round_to_bf16(adapter):
     """Round what training made."""
+    adapter.packed = {}  # what was compressed before, with its fp32 values
     if not isinstance(adapter, MoSE):
         adapter.tasks = {name: [w.bfloat16().float() for w in weights]
                          for name, weights in adapter.tasks.items()}
@@ -49,7 +50,6 @@ def round_to_bf16(adapter):
     for layer in adapter.layers:
         layer.frozen.copy_(layer.frozen.bfloat16())
         layer.routers = {name: router.bfloat16().float() for name, router in layer.routers.items()}
-    adapter.packed = {}  # entries that were compressed before, with their fp32 values
 
 
 def score(adapter, model, tokenizer, tasks, args):

@@ -18,6 +18,10 @@ both bases: the one with the largest sum of the two OPs among those that both ba
 get the best rate of 1e-3, 3e-3, 5e-3, 1e-2 and 2e-2 for each rank and base, so they are never worse
 off than MoSEs.
 
+Rule of a second search for the LoRAs on tiny-llm, written before it ran, since MoSEs had the best of
+four scales and the LoRAs had one: for each rank, first the best of three rates (LORA_RATES) at scale
+4; with this rate, then the best of the scales 2, 4, 8 and 16 (`eval`, seed 0).
+
 Rule of the search of the density, written before it ran: with that pair, densities 0.003, 0.006,
 0.01, 0.015, 0.02 and 0.03 on tiny-llm (`eval`, seeds 0 and 1). The default is the smallest whose OP
 is at most one point below the best one's.
@@ -38,8 +42,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(5)
 PAIRED = range(10)  # of the comparison of routers
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
-# {rank: rates}: the two best of 5e-3, 1e-2, 2e-2 and 3e-2 in earlier runs (seed 0), searched again.
-LORA_RATES = {1: ("1e-2", "2e-2"), 2: ("1e-2", "2e-2"), 4: ("5e-3", "1e-2"), 8: ("5e-3", "1e-2")}
+# {rank: rates}: with a lower and a higher one than the best of earlier runs.
+LORA_RATES = {1: ("1e-2", "2e-2", "3e-2"), 2: ("5e-3", "1e-2", "2e-2"),
+              4: ("5e-3", "1e-2", "2e-2"), 8: ("5e-3", "1e-2", "2e-2")}
+LORA_SCALE = "4"  # the default; that of LORA_RATES
 ONE_EXPERT = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
 SCALES = ("2", "4", "8", "16")
 FIRST = ("mose 0.003", "mose 0.01", "mose 0.03", "one expert", "task_lora", "own alone")
@@ -114,7 +120,7 @@ def jobs():
         todo[f"{name} {seed}"] = change, ["--test", "ends", "--seeds", str(seed), *options]
 
     for rank, rates in LORA_RATES.items():
-        todo |= search("task_lora", "", rank, rates)
+        todo |= search("task_lora", "", rank, rates, [LORA_SCALE])
     for scale in SCALES:
         for seed in (0, 1):
             own = ("--methods", "mose", "--density", "0.01", "--split", "eval")
@@ -159,25 +165,37 @@ def memory_jobs():
     return todo
 
 
-def search(kind, change, rank, rates):
-    """The runs that look for the rate of a LoRA, or of another adapter: `eval`, seed 0."""
-    return {f"search {kind} r{rank} {rate} 0": (change, [
-        "--test", "ends", "--seeds", "0", "--split", "eval", "--methods", "task_lora",
-        "--lora_rank", str(rank), "--lora_lr", rate]) for rate in rates}
+def name_of(kind, rank, rate, scale):
+    """The name of a run without its seed."""
+    return f"{kind} r{rank} {rate}" + ("" if scale == LORA_SCALE else f", scale {scale}")
 
 
-def final(folder, kind, change, rank, rates):
-    """The runs of a LoRA, or of another adapter, on `test`, at its best rate of the search."""
-    rate = best_rate({rate: folder / f"search {kind} r{rank} {rate} 0/task_lora.json"
-                      for rate in rates})
-    return {f"{kind} r{rank} {rate} {seed}": (change, [
-        "--test", "ends", "--seeds", str(seed), "--methods", "task_lora",
-        "--lora_rank", str(rank), "--lora_lr", rate]) for seed in SEEDS}
+def options_of(rank, rate, scale):
+    """The options of a LoRA for each task, or of another adapter."""
+    return ["--test", "ends", "--methods", "task_lora", "--lora_rank", str(rank), "--lora_lr", rate,
+            "--lora_scale", scale]
 
 
-def best_rate(files):
-    """Of {rate: result file}, the rate with the largest OP."""
-    return max(files, key=lambda rate: json.loads(files[rate].read_text())["op"])
+def search(kind, change, rank, rates, scales):
+    """The runs that look for the rate and scale of a LoRA, or of another adapter: `eval`, seed 0."""
+    return {f"search {name_of(kind, rank, rate, scale)} 0": (change, [
+        *options_of(rank, rate, scale), "--seeds", "0", "--split", "eval"])
+        for rate in rates for scale in scales}
+
+
+def final(kind, change, rank, rate, scale):
+    """The runs of a LoRA, or of another adapter, on `test`."""
+    return {f"{name_of(kind, rank, rate, scale)} {seed}": (change, [
+        *options_of(rank, rate, scale), "--seeds", str(seed)]) for seed in SEEDS}
+
+
+def best(folder, kind, rank, rates, scales):
+    """(rate, scale) with the largest OP of those that were searched."""
+    def op(found):
+        file = folder / f"search {name_of(kind, rank, *found)} 0/task_lora.json"
+        return json.loads(file.read_text())["op"]
+
+    return max(((rate, scale) for rate in rates for scale in scales), key=op)
 
 
 def work(name, change, options):
@@ -325,16 +343,20 @@ def main():
             if args.what == "memory":
                 return run(memory_jobs())
             if args.what == "peft":
-                for kind, (rank, rates) in PEFT.items():
-                    run(search(kind, kind, rank, rates))
-                    run(final(folder, kind, kind, rank, rates))
+                for kind, (rank, rates) in PEFT.items():  # their scale is peft's own
+                    run(search(kind, kind, rank, rates, [LORA_SCALE]))
+                    found = best(folder, kind, rank, rates, [LORA_SCALE])
+                    run(final(kind, kind, rank, *found))
                 return
             every = jobs()
             run({name: job for name, job in every.items() if name.startswith("search")})
             # The last runs of the LoRAs follow from their search. Seed by seed, so that a part of
             # all this is a whole as well.
             for rank, rates in LORA_RATES.items():
-                every |= final(folder, "task_lora", "", rank, rates)
+                rate, _ = best(folder, "task_lora", rank, rates, [LORA_SCALE])
+                run(search("task_lora", "", rank, [rate], SCALES))
+                every |= final("task_lora", "", rank,
+                               *best(folder, "task_lora", rank, [rate], SCALES))
             for seed in PAIRED:
                 own = [name for name in every if name.endswith(f" {seed}")]
                 own.sort(key=lambda name: not name.startswith(FIRST))

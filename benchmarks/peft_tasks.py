@@ -17,7 +17,7 @@ class PeftPerTask(LoRAPerTask):
         """rank: see the subclasses. scale: not used; theirs are peft's own."""
         import peft
         self.model, self.targets, self.config = model, targets, {"rank": rank, "scale": scale}
-        self.tasks, self.open = {}, None
+        self.tasks, self.packed, self.open = {}, {}, None
         self.trainable_before = [p for p in model.parameters() if p.requires_grad]
         with warnings.catch_warnings(action="ignore"):  # that the fixed parts are not saved
             self.peft = peft.get_peft_model(model, self.peft_config(peft, targets, rank))

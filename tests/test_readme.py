@@ -126,7 +126,8 @@ def test_the_page_on_smollm2_is_that_of_its_json():
 def test_the_runs_of_the_benchmarks_have_options_that_are_there():
     jobs = {f"{what} {name}": options for what in smollm2.RUNS
             for name, options in smollm2.jobs(what, "trace_500").items()}
-    searches = [frontier.search(kind, kind, *found) for kind, found in frontier.PEFT.items()]
+    searches = [frontier.search(kind, kind, *found, frontier.SCALES)
+                for kind, found in frontier.PEFT.items()]
     for some in (frontier.jobs(), frontier.memory_jobs(), *searches):
         jobs |= {name: options for name, (_, options) in some.items()}
     for options in jobs.values():

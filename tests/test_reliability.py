@@ -166,10 +166,9 @@ def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
     other = open(tmp_path / "runs/a/lock", "w")
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match="runs/a is in use by another run: choose another --name"):
-        runs.claim(Path("runs/a"), {})
+        runs.claim(Path("runs/a"))
     other.close()  # as the system does for a process that died
-    runs.claim(Path("runs/a"), {}).close()
-    assert Path("runs/a/args.json").exists()
+    runs.claim(Path("runs/a")).close()
 
 
 def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch, guard):
@@ -231,7 +230,7 @@ def test_a_full_disk_is_noticed_before_training_and_a_failed_save_harms_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(runs.shutil, "disk_usage", lambda _: few)
         with pytest.raises(ValueError, match="less than 256 MB are free"):
-            runs.claim(Path("runs/a"), {})
+            runs.claim(Path("runs/a"))
     mose = ready("a")
     mose.save("m")
     before = Path("m").read_bytes()

@@ -6,6 +6,7 @@ import functools
 import http.server
 import json
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -466,6 +467,10 @@ def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
     (ids, answer), = asked
     assert ids == read_by_training and answer == positions - len(ids)
     assert f"the model reads the last {task.limit} of them" in capsys.readouterr().out
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"no adapter")
+    with pytest.raises(ValueError, match="other.pt begins with b'no adap'.*expected mose.pt"):
+        train_trace.main(train_trace.parse([*options, "--ask", str(other), "a prompt"]))
     Path("runs/default/args.json").unlink()  # control: without the notes of its run
     train_trace.main(train_trace.parse([*options, *prompt]))
     assert asked[1][0] != read_by_training
@@ -490,9 +495,9 @@ BAD_FILES = [
     ("3", "got int '3', expected a list"),
     (json.dumps(GOOD), "got dict \"{'prompt'"),
     (json.dumps([GOOD, "x"]), "row 1"),
-    (json.dumps([GOOD, GOOD, {"prompt": "p"}]), "row 2"),
-    (json.dumps([{"prompt": "p", "answer": 3}]), "row 0"),
-    (json.dumps([GOOD, {"prompt": "", "answer": "a"}]), "row 1"),
+    (json.dumps([GOOD, GOOD, {"prompt": "p"}]), "row 2: its 'answer' is missing"),
+    (json.dumps([{"prompt": "p" * 99, "answer": 3}]), "row 0: its 'answer' is 3, expected a text"),
+    (json.dumps([GOOD, {"prompt": "", "answer": "a"}]), "row 1: its 'prompt' is ''"),
     (json.dumps([{"prompt": "p", "answer": ""}]), "row 0"),
     (json.dumps([{"prompt": "p", "answer": None}]), "row 0"),
     (json.dumps([GOOD, {"prompt": "half of \ud83d", "answer": "a"}]), "row 1 has a lone surrogate"),
@@ -544,6 +549,22 @@ def test_a_good_file_is_read(tmp_path, base, capsys):
     assert "2 of 2 test prompts stand in train too" in capsys.readouterr().out
 
 
+def test_a_test_answer_that_is_longer_than_all_in_train_is_warned_of(tmp_path, base, capsys):
+    """Generating stops where the longest training answer ends, so it could never be right."""
+    data = task_folder(tmp_path, json.dumps([GOOD, {"prompt": "q", "answer": "a b c"}]), "mine")
+    test = [{"prompt": "r", "answer": "a b c"}, {"prompt": "s", "answer": "a b c d e"}]
+    file = tmp_path / "mine/test.json"
+    for metric, warned in (("accuracy", True), ("first_letter", False)):
+        file.write_text(json.dumps(test))
+        args = Args(data=data, tasks="mine", metric=f"mine={metric}", epochs="1")
+        train_trace.load_tasks(args, base[1], base[0])
+        said = capsys.readouterr().out
+        assert ("1 of 2 test answers are longer than the longest" in said) == warned
+    file.write_text(json.dumps(test[:1]))  # control
+    train_trace.load_tasks(dataclasses.replace(args, metric="mine=accuracy"), base[1], base[0])
+    assert "longer than" not in capsys.readouterr().out
+
+
 def test_a_task_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("en/T", "x y", "a=b"):
@@ -564,6 +585,8 @@ def test_a_task_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch):
     ({"epochs": "0"}, "--epochs 0: expected a number from 1 on"),
     ({"tasks": "FOMC,ScienceQA", "epochs": "2,0"}, "--epochs"),
     ({"metric": "FOMC=nonsense"}, "FOMC"),
+    ({"metric": "fomc=rouge_l"}, "--metric: got 'fomc=rouge_l', expected TASK=METRIC"),
+    ({"metric": "rouge_l"}, "--metric: got 'rouge_l', expected TASK=METRIC"),
 ])
 def test_a_wrong_option_is_named(base, options, message):
     with pytest.raises(ValueError, match=message):
@@ -599,7 +622,7 @@ def test_results_are_not_overwritten_without_force(run, monkeypatch):
     assert (folder / "mose.json").read_bytes() == before
     with pytest.raises(ValueError, match="can't be read"):
         train_trace.main(Args(name="new", data="nowhere"))
-    claim(Path("runs/new"), {}).close()  # of a run that failed at once nothing is lost
+    claim(Path("runs/new")).close()  # of a run that failed at once nothing is lost
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -607,20 +630,37 @@ def test_files_that_no_run_has_made_are_never_overwritten(tmp_path, force):
     """Say a base that lies in runs/, whose name a run was given."""
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="not of a run of this script, such as config.json"):
-        claim(tmp_path, {}, force=force)
+        claim(tmp_path, force=force)
     assert (tmp_path / "config.json").exists()
     for text in ("{}", "", "3"):  # other programs write a file of this name too
         (tmp_path / "args.json").write_text(text)
         with pytest.raises(ValueError, match="not of a run of this script"):
-            claim(tmp_path, {}, force=force)
+            claim(tmp_path, force=force)
     # Control: this one is the folder of a run.
     (tmp_path / "args.json").write_text(json.dumps({"options": {}}))
     if force:
-        claim(tmp_path, {}, force=force).close()
+        claim(tmp_path, force=force).close()
     else:
         with pytest.raises(ValueError, match="or --force to overwrite it"):
-            claim(tmp_path, {}, force=force)
-    assert (tmp_path / "config.json").exists() == (not force)
+            claim(tmp_path, force=force)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_force_removes_nothing_before_all_options_are_checked(run, tmp_path, monkeypatch):
+    _, folder = run
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "runs/a")
+    (tmp_path / "runs/a/lock").unlink()
+    before = {file.name: file.read_bytes() for file in Path("runs/a").iterdir()}
+    own = Args(device="cpu", name="a", force=True, methods="mose", **SHORT)
+    for wrong in ({"targets": "q_porj"}, {"epochs": "4,4,4"}, {"data": "nowhere"}):
+        with pytest.raises(ValueError):
+            train_trace.main(dataclasses.replace(own, **wrong))
+        assert {name: Path("runs/a", name).read_bytes() for name in before} == before
+    # Control: with right options, all that was there goes.
+    assert "lora.json" in before
+    train_trace.main(own)
+    assert Path("runs/a/mose.json").exists() and not Path("runs/a/lora.json").exists()
 
 
 def test_the_seconds_of_the_base_are_not_those_of_the_methods_before_it(base, tmp_path):

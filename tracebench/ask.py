@@ -1,35 +1,36 @@
 """One prompt, answered with a finished adapter: `python train_trace.py --ask FILE PROMPT`."""
 
-import json
 import math
 from pathlib import Path
 
 import torch
 
-from mose import MoSE
+from mose import FORMAT, MoSE
 from tracebench.data import cut, encode, to_text
 from tracebench.model import load_model
+from tracebench.runs import notes_of
 
-ANSWER = 128  # tokens of an answer at most
+ANSWER = 128  # tokens of an answer at most, where no run says how long its answers are
 SURE = 0.5  # confidence from which on a prompt is given to its task
-
-
-def notes_of_run(file):
-    """What the run of an adapter noted in its folder: {} if there is nothing."""
-    notes = Path(file).with_name("args.json")
-    return json.loads(notes.read_text()) if notes.exists() else {}
 
 
 def ask(args):
     """Answer one prompt: infer its task, or leave it to the base when it is far from all tasks."""
     file, prompt = args.ask
-    notes = notes_of_run(file)
+    notes = notes_of(Path(file).parent)
+    with open(file, "rb") as adapter_file:
+        begin = adapter_file.read(len(FORMAT))
+    if begin != FORMAT:
+        raise ValueError(f"--ask: {file} begins with {begin!r}, and a file of MoSEs of this version "
+                         f"with {FORMAT!r}: expected mose.pt or mose_fixed.pt of a run (the other "
+                         "methods can't infer the task of a prompt)")
     model, tokenizer = load_model(args)
     try:
         adapter = MoSE.load(model, file)
     except ValueError as error:
-        its_model = notes.get("options", {}).get("model", "not known")
-        raise ValueError(f"{error}. Its run had --model {its_model}") from error
+        its_model = notes.get("options", {}).get("model", args.model)
+        hint = f". Its run had --model {its_model}" if its_model != args.model else ""
+        raise ValueError(f"{error}{hint}") from error
     whole, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
     (name,), (sure,) = adapter.infer_task(torch.tensor([whole]), return_confidence=True)
     print(f"task: {name}, confidence {sure:.2f}")
@@ -46,6 +47,9 @@ def ask(args):
     if len(whole) > limit:
         print(f"the prompt has {len(whole)} tokens, and the model reads the last {limit} of them")
     ids = torch.tensor([cut(whole, limit, tokenizer.bos_token_id)], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                         max_new_tokens=int(min(ANSWER, positions - ids.shape[1])))
-    print(f"answer: {to_text(tokenizer, out[0, ids.shape[1]:])}")
+    longest = int(min(notes.get("answers", {}).get(name, ANSWER), positions - ids.shape[1]))
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest)
+    answer = out[0, ids.shape[1]:]
+    print(f"answer: {to_text(tokenizer, answer)}")
+    if tokenizer.eos_token_id not in answer:
+        print(f"(it was cut after {len(answer)} tokens)")

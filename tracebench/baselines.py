@@ -154,7 +154,9 @@ class LoRA:
         return compressed(torch.cat([values.flatten() for values in weights]))
 
     def unpack(self, packed):
-        """The inverse of `pack`."""
+        """The inverse of `pack`. Raises ValueError for a file of an earlier version."""
+        if not isinstance(packed, bytes):
+            raise ValueError("the file of this LoRA is of an earlier version: learn it again")
         like = self.trainable_parameters()
         numbers = decompressed(packed, torch.float32).split([p.numel() for p in like])
         return [values.view(p.shape) for values, p in zip(numbers, like)]
@@ -188,7 +190,12 @@ class LoRAPerTask(LoRA):
     """A LoRA of its own for each task, so nothing is forgotten, and nothing is shared.
 
     tasks: {name: weights of its LoRA} of the finished tasks, in the order of learning.
+    packed: {name: the same as few bytes} of those that were in a file.
     """
+
+    def __init__(self, model, targets, **config):
+        super().__init__(model, targets, **config)
+        self.packed = {}
 
     def begin_task(self, name, source=None, need=1.0):
         self.reset()
@@ -206,9 +213,13 @@ class LoRAPerTask(LoRA):
         super().set_task(name)
 
     def content(self):
-        return {"tasks": {name: self.pack(weights) for name, weights in self.tasks.items()}}
+        for name, weights in self.tasks.items():
+            if name not in self.packed:  # packing takes a while, and finished tasks never change
+                self.packed[name] = self.pack(weights)
+        return {"tasks": self.packed}
 
     def restore(self, tasks):
+        self.packed = tasks
         self.tasks = {name: self.unpack(packed) for name, packed in tasks.items()}
 
 

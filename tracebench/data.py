@@ -30,12 +30,13 @@ PROBE_EXAMPLES = 64  # of a new task, on which finished tasks are tried
 def fetch(base, task, split):
     """(address, bytes) of the file of a task's split."""
     url = base.startswith(("http://", "https://"))
-    where = f"{base}/{urllib.parse.quote(task) if url else task}/{split}.json"
+    where = f"{base.rstrip('/')}/{urllib.parse.quote(task) if url else task}/{split}.json"
     try:
         with urllib.request.urlopen(where, timeout=60) if url else open(where, "rb") as file:
             return where, file.read()
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{where}: can't be read ({error})") from error
+        raise ValueError(f"{where}: can't be read ({error}): expected a file of this name for each "
+                         "of --tasks") from error
 
 
 def rows_of(where, content):
@@ -48,13 +49,19 @@ def rows_of(where, content):
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{where}: got {type(rows).__name__} {str(rows)[:60]!r}, expected {form}")
     for i, row in enumerate(rows):
-        texts = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else []
-        if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"{where}: row {i} is {str(row)[:60]!r}, expected {form}, none empty")
-        # JSON can spell one half of a character that needs two ("\ud83d"). It stands for nothing.
-        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
-            raise ValueError(f"{where}: row {i} has a lone surrogate, which is no character: "
-                             f"{ascii(row)[:60]}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: row {i} is {str(row)[:60]!r}, expected {form}")
+        for key in ("prompt", "answer"):
+            text = row.get(key)
+            if not isinstance(text, str) or not text:
+                got = repr(text)[:60] if key in row else "missing"
+                raise ValueError(f"{where}: row {i}: its {key!r} is {got}, expected a text that is "
+                                 f"not empty, in {form}")
+            # JSON can spell one half of a character that needs two ("\ud83d"). It stands for
+            # nothing.
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise ValueError(f"{where}: row {i} has a lone surrogate in its {key!r}, which is "
+                                 f"no character: {ascii(text)[:60]}")
     # Of further columns nothing is read: Arrow refuses one whose values are of several types.
     return datasets.Dataset.from_list([{k: row[k] for k in ("prompt", "answer")} for row in rows])
 
@@ -146,21 +153,28 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     if shared:
         print(f"warning: {name}: {shared} of {len(test)} test prompts stand in train too")
     encoded = [encode(tokenizer, row) for row in train]
-    longest = max(len(answer) for _, answer in encoded)
+    lengths = [len(answer) for _, answer in encoded]
+    longest = max(lengths)
     limit = min(max_prompt, positions - longest)
     if limit < 2:
-        raise ValueError(f"{name}: an answer of {longest} tokens leaves no room for its prompt "
-                         f"in the {positions} positions of the model")
+        raise ValueError(f"{name}: row {lengths.index(longest)} of train has an answer of {longest} "
+                         f"tokens, which leaves no room for its prompt in the {positions} positions "
+                         "of the model: shorten that answer, or remove the row")
     examples = []
     for prompt, answer in sample(encoded, max_train, f"{name}, --max_train"):
         prompt = cut(prompt, limit, tokenizer.bos_token_id)
         examples.append((prompt + answer, [-100] * len(prompt) + answer))
     # first_letter reads one character, which has 4 bytes at the most, so no more tokens.
     max_new = min(longest, 4) if metric == "first_letter" else longest
+    encoded_test = [encode(tokenizer, row) for row in test]
+    too_long = sum(len(answer) > longest for _, answer in encoded_test)
+    if too_long and metric != "first_letter":
+        print(f"warning: {name}: {too_long} of {len(test)} test answers are longer than the longest "
+              f"answer in train ({longest} tokens), where generating stops")
     return Task(
         name=name, metric=metric, epochs=epochs, train=examples,
         train_prompt_ids=[prompt for prompt, _ in encoded],
-        test_prompt_ids=[encode(tokenizer, row)[0] for row in test],
+        test_prompt_ids=[prompt for prompt, _ in encoded_test],
         golds=writable_golds(tokenizer, name, test), limit=limit, max_new=max_new,
         train_texts=train, test_texts=test,
         digests={part: hashlib.sha256(content).hexdigest()
@@ -188,8 +202,11 @@ def listed(text):
 
 def metrics_of(text):
     """{task: metric} of TRACE's tasks, and of those that --metric names."""
-    pairs = (pair.rpartition("=") for pair in listed(text))
-    return METRICS | {name.strip(): metric.strip() for name, _, metric in pairs}
+    metrics = dict(METRICS)
+    for pair in listed(text) if text else []:
+        name, _, metric = pair.rpartition("=")
+        metrics[name.strip()] = metric.strip()
+    return metrics
 
 
 def epochs_of(text, names):
@@ -208,7 +225,11 @@ def epochs_of(text, names):
 def load_tasks(args, tokenizer, model):
     """All tasks of a run. Raises ValueError for what is wrong with the data or its options."""
     names, metrics = listed(args.tasks), metrics_of(args.metric)
+    unknown = {*metrics} - {*METRICS, *names}
     wrong = [name for name in names if metrics.get(name) not in SCORES]
+    if unknown:
+        raise ValueError(f"--metric: got {args.metric!r}, expected TASK=METRIC,.. with tasks of "
+                         f"--tasks, which are {', '.join(names)}")
     if wrong:
         got = {name: metrics.get(name) for name in wrong}
         raise ValueError(f"--metric: got {got}, expected one of {', '.join(SCORES)} for each task "

@@ -9,7 +9,8 @@ from mose import MoSE, MoSEConfig
 from tracebench.baselines import FixedRouter, LoRA, LoRAPerTask, MoELoRA
 from tracebench.data import listed
 
-# The class of each method that learns. replay and joint are a LoRA that is trained on other data.
+# The class of each method that learns. replay and joint are a LoRA that is trained on other data. (A
+# new method also needs a name in STYLES of figures/report.py and in METHODS of figures/page.py.)
 KINDS = {"lora": LoRA, "replay": LoRA, "joint": LoRA, "task_lora": LoRAPerTask,
          "moe_lora": MoELoRA, "mose": MoSE, "mose_fixed": FixedRouter}
 METHODS = ("floor", "base", *KINDS)

@@ -30,6 +30,7 @@ def load_model(args):
     """The base and its tokenizer, with the ids that some of them lack."""
     device, dtype = choose_device(args)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    # (shards() also sets processes.SHARDED.)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=dtype, device_map=args.device_map or None,
         **(processes.shards() if args.shard else {}))
@@ -85,7 +86,7 @@ def generate(model, tokenizer, task, numbers, args):
     texts = {}
     for some in processes.own_passes(numbers, in_passes, idle=[]):
         # The prompts are padded on the left, so that every answer begins at the same position.
-        rows = [prompts[i] for i in some] or [ids for ids, _ in IDLE]
+        rows = [prompts[i] for i in some] or [ids for ids, _ in IDLE]  # an idle pass has no numbers
         ids, mask = pad(rows, tokenizer.pad_token_id, "left")
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
                              max_new_tokens=task.max_new, synced_gpus=processes.SHARDED)

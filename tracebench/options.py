@@ -1,7 +1,6 @@
 """The command line of train_trace.py: every option with its default, and the presets."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mose import MoSEConfig
 from tracebench import processes
 from tracebench.data import listed
 from tracebench.methods import METHODS
+from tracebench.runs import notes_of
 from tracebench.scores import SCORES, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,9 +145,9 @@ def interrupted(args):
         raise ValueError(
             f"--resume: there is no {file}, so no run to go on with (each of several seeds is a "
             "run of its own: NAME-0, NAME-1, ..)")
-    began = json.loads(file.read_text()).get("options", {})
+    began = notes_of(file.parent).get("options", {})
     if began.keys() != vars(args).keys():
-        raise ValueError(f"--resume: {file} is of another version of this script: start again")
+        raise ValueError(f"--resume: {file} is not of this version of train_trace.py: start again")
     began = Args(**began | {"resume": args.resume})
     check(began)
     return began

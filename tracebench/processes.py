@@ -25,7 +25,8 @@ def start(device):
 
 def shards():
     """Options of from_pretrained(), by which each process loads its own part of each weight only. A
-    single process needs none. Raises ValueError for an old transformers."""
+    single process needs none. From here on, SHARDED says what is the case. Raises ValueError for an
+    old transformers."""
     global SHARDED
     if WORLD == 1:
         return {}

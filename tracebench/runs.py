@@ -41,20 +41,27 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------ folders
 
-KINDS_OF_FILES = ("*.json", "*.pt", "*.png", "table.md", "page.html")  # that a run makes
+# That a run makes, or leaves half written when it is killed.
+KINDS_OF_FILES = ("*.json", "*.pt", "*.png", "table.md", "page.html", "*.tmp")
 
 
-def is_of_a_run(folder):
-    """Whether a folder is of a run of this script: other programs write an args.json too."""
+def notes_of(folder):
+    """What a run noted in the args.json of its folder; {} if there is none, or if another program
+    wrote it."""
     try:
         notes = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(notes, dict) and "options" in notes
+        return {}
+    return notes if isinstance(notes, dict) and "options" in notes else {}
 
 
-def claim(folder, options, go_on=False, force=False):
-    """Make a run's folder, note its options there, and return the lock on it, which has to be kept.
+def files_of(folder):
+    """The files in a folder that a run may have made."""
+    return [file for kind in KINDS_OF_FILES for file in folder.glob(kind)]
+
+
+def claim(folder, go_on=False, force=False):
+    """Make a run's folder, and return the lock on it, which has to be kept. Nothing goes yet.
 
     go_on: with what the run of that folder has done so far. Raises ValueError if it is not free.
     """
@@ -63,22 +70,27 @@ def claim(folder, options, go_on=False, force=False):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock
     except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another run: choose another --name") from None
+        advice = "wait until it ends" if go_on else "choose another --name"
+        raise ValueError(f"{folder} is in use by another run: {advice}") from None
     if shutil.disk_usage(folder).free < 2**28:
         raise ValueError(f"{folder}: less than 256 MB are free there: make room before you train")
     if not go_on:
-        files = [file for kind in KINDS_OF_FILES for file in folder.glob(kind)]
-        if files and not is_of_a_run(folder):  # whoever made them would lose them
+        files = files_of(folder)
+        if files and not notes_of(folder):  # whoever made them would lose them
             raise ValueError(f"{folder} has files that are not of a run of this script, such as "
                              f"{files[0].name}: choose another --name")
         done = [file for file in files if file.suffix == ".json" and file.name != "args.json"]
         if done and not force:  # nothing is lost of a run that failed before its first task
             raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
                              "with it, or --force to overwrite it")
-        for file in files:
-            file.unlink()
-        write_json(folder / "args.json", {"options": options})
     return lock
+
+
+def start_anew(folder, options):
+    """Remove what an earlier run left in a folder, and note the options of this one."""
+    for file in files_of(folder):
+        file.unlink()
+    write_json(folder / "args.json", {"options": options})
 
 
 @contextlib.contextmanager
@@ -91,24 +103,24 @@ def locked_folders(args):
             args, seeds=seed, name=name, force=False, resume="")
     with contextlib.ExitStack() as stack:
         if processes.RANK == 0:
-            for folder, its_args in runs.items():
-                options = dataclasses.asdict(its_args)
-                stack.enter_context(claim(folder, options, bool(args.resume), args.force))
+            for folder in runs:
+                stack.enter_context(claim(folder, bool(args.resume), args.force))
         processes.wait()
         yield runs
 
 
-def unfinished(runs):
-    """[(folder, Args, method)] of all that has no result yet."""
+def unfinished(runs, go_on):
+    """[(folder, Args, method)] of all that is to be done. go_on: what has a result is done."""
     return [(folder, its_args, method) for folder, its_args in runs.items()
-            for method in listed(its_args.methods) if not (folder / f"{method}.json").exists()]
+            for method in listed(its_args.methods)
+            if not (go_on and (folder / f"{method}.json").exists())]
 
 
 def expect_same_data(folder, tasks):
-    """Note in args.json which data a run reads, and how much of a prompt. Raises ValueError if an
-    interrupted run of that folder began with other data."""
+    """Note in args.json which data a run reads, how much of a prompt, and how long its answers may
+    be. Raises ValueError if an interrupted run of that folder began with other data."""
     file = folder / "args.json"
-    notes = json.loads(file.read_text())
+    notes = notes_of(folder)
     digests = {task.name: task.digests for task in tasks}
     began = notes.get("data", digests)
     changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
@@ -118,7 +130,8 @@ def expect_same_data(folder, tasks):
                          f"{', '.join(changed)}; put it back, or start again with another --name")
     if processes.RANK == 0:
         limits = {task.name: task.limit for task in tasks}
-        write_json(file, notes | {"data": digests, "limits": limits})
+        answers = {task.name: task.max_new for task in tasks}
+        write_json(file, notes | {"data": digests, "limits": limits, "answers": answers})
 
 
 def draw(runs):
@@ -127,7 +140,8 @@ def draw(runs):
     command = [sys.executable, "-m", "figures.report", *map(str, runs)]
     # It is one process, though torchrun may have started this one as one of several.
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    if subprocess.run(command, env={**env, "PYTHONPATH": str(ROOT)}).returncode:
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    if subprocess.run(command, env=env).returncode:
         command = [*command[:3], *(str(folder.resolve()) for folder in runs)]
         print(f"the results are safe; for their tables, in {ROOT}: {shlex.join(command)}")
 
@@ -150,7 +164,9 @@ class Record:
 
     R[t][i]: the score of task i after lesson t, None if it was not tested; R_tail the same with the
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
-    bytes, source, new, used and epochs: a value for each lesson.
+    bytes, source, new, used and epochs: a value for each lesson. task_id_accuracy: for each task of
+    the last test, the percent of prompts whose task was inferred right. op_error: the standard
+    error of the mean of all tasks, when all were tested last.
     """
 
     def __init__(self, folder, method, tasks, args):

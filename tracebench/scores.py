@@ -47,6 +47,7 @@ def common_words(x, y):
 def rouge_l(prediction, gold, prompt):
     """ROUGE-L F of the package `rouge` 1.0.1, which counts distinct words, called as TRACE does:
     get_scores(target, prediction). '' and '.' score 0."""
+    # The package calls its arguments hypothesis and reference. TRACE gives it the gold first.
     sides = [text.split(".") for text in (gold, prediction)]
     hyps, refs = [[" ".join(s.split()).split(" ") for s in side if s] for side in sides]
     common = set().union(*(common_words(r, h) for r in refs for h in hyps))
@@ -69,7 +70,9 @@ def edit_similarity(prediction, gold, prompt):
     places, full = collections.defaultdict(int), (1 << len(a)) - 1
     for i, char in enumerate(a):
         places[char] |= 1 << i
-    row = full  # bit-parallel LCS: a 0 where a[:i + 1] has one more character in common than a[:i]
+    # Bit-parallel LCS (Hyyrö 2004): bit i of row is 0 where a[:i + 1] has one more character in
+    # common with what was read of b than a[:i] has. The carry of + moves each 0 to the first match.
+    row = full
     for char in b:
         match = row & places[char]
         row = ((row + match) | (row - match)) & full
@@ -130,7 +133,8 @@ TASKS = tuple(METRICS)  # in TRACE's order
 
 def score(task, predictions, golds, prompts, metric=None):
     """The mean score of a task's predictions by TRACE's metric, or the named one: 0 .. 100."""
-    return mean([*map(SCORES[metric or METRICS[task]], predictions, golds, prompts)])
+    rows = zip(predictions, golds, prompts, strict=True)
+    return mean([SCORES[metric or METRICS[task]](*row) for row in rows])
 
 
 # ------------------------------------------------------------------------------ over tasks
