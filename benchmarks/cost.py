@@ -118,7 +118,8 @@ def main():
         "The pool is the weights, the scores, the frozen values and the owners, in all "
         f"{POOL} bytes an entry. Adam's states are", f"{ADAM} bytes an entry, the gradients and one "
         f"mask {GRADIENTS}, and what a pass keeps for backward about {KEPT}. Learning takes all four, "
-        "and", "using what was learned takes the pool. A task is the first one: its values, mask, routers and key, as they are saved. "
+        "and", "using what was learned takes the pool, and 4 bytes an entry for each task that is in force (its matrices). "
+        "A task is the first one: its values, mask, routers and key, as they are saved. "
         f"Later tasks take {CONFIG.density:.0%} of what is", "still free, so they take less. The last column is the "
         "rank of a LoRA on the same layers, in fp32, with the bytes of a task.", "",
         "| base, in bf16 | experts on | entries | pool | Adam's states | gradients and pass | a task | LoRA of "

@@ -258,12 +258,13 @@ def report(results):
                 f"{statistics.mean(map(size, some)):,.0f} | {kept:,.0f} |")
     lines += ["\n## Paired differences over the same seeds\n",
               "| difference | seeds | mean | standard error |", "|---|---|---|---|"]
-    for one, other in (("mose 0.01", "never trained 0.01"), ("mose 0.01", "one expert 0.01"),
-                       ("mose 0.01", "all four gates 0.01"), ("mose 0.01", "mose again 0.01"),
-                       ("mose 0.01", "own alone 0.01"), ("mose 0.01", "free A 0.01"),
-                       ("mose 0.01", "fixed A 0.01"), ("mose 0.01", "rank 8 0.02"),
-                       ("mose 0.01", "rank 4 0.04"), ("mose 0.01", "bf16 states 0.01"),
-                       ("mose 0.01", "8-bit Adam 0.01")):
+    pairs = [("mose 0.01", other) for other in (
+        "never trained 0.01", "one expert 0.01", "all four gates 0.01", "mose again 0.01",
+        "own alone 0.01", "free A 0.01", "fixed A 0.01", "rank 8 0.02", "rank 4 0.04",
+        "bf16 states 0.01", "8-bit Adam 0.01")]
+    pairs += [(one, other) for one in ("mose 0.01", "one expert 0.01") for other in found
+              if other.startswith(("task_lora", *PEFT))]
+    for one, other in pairs:
         both = sorted({*found.get(one, {})} & {*found.get(other, {})})
         gaps = [found[one][s]["op"] - found[other][s]["op"] for s in both]
         if len(gaps) > 1:

@@ -235,7 +235,10 @@ def streams(results):
              "The eight tasks of trace-mini, and for 32 tasks each in four variants: as it is, under "
              "another last line, with other letters as answers, and with answers in brackets. "
              "Tasks come variant by variant, so the last 8 are those with brackets. "
-             "`task_lora`: a LoRA of rank 1 for each task. `own alone`: MoSEs that do not read the "
+             "`task_lora`: a LoRA of rank 1 for each task, in a file of its own; its numbers were "
+             "compressed as they stand in memory, where MoSEs' are sorted by bytes first. So in one "
+             "file and coded as MoSEs are, it would have some 7,490 bytes a task, as in the "
+             "[frontier](frontier.md), and 240 kB in all. `own alone`: MoSEs that do not read the "
              "entries of A of earlier tasks. `reuse off`: no task starts from another.\n",
              "| tasks | method | seeds | OP | OP, first 8 | OP, last 8 | bytes of a task, first 8 | "
              "last 8 | all bytes | pool in use | start from another |", "|---" * 11 + "|"]

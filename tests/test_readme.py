@@ -14,7 +14,7 @@ import torch
 
 import mose
 import train_trace
-from benchmarks import bf16, frontier, smollm2, transfer
+from benchmarks import bf16, frontier, smollm2, task_id, transfer
 from figures import page as run_page
 from figures import report
 from tracebench.methods import METHODS
@@ -111,6 +111,11 @@ def test_the_page_on_the_frontier_is_that_of_its_json():
 def test_the_page_on_bf16_is_that_of_its_json():
     results = json.loads((ROOT / "results/bf16.json").read_text())
     assert bf16.report(results) == (ROOT / "results/bf16.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_inferred_tasks_is_that_of_its_json():
+    results = json.loads((ROOT / "results/task-id.json").read_text())
+    assert task_id.report(results) == (ROOT / "results/task-id.md").read_text(encoding="utf-8")
 
 
 def test_the_page_on_growth_is_that_of_its_json():
