@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import transformers
 import mose as module
 from mose import MoSE, MoSEConfig, SubExperts
 from test_mose import data, guard, learn, refuses, snapshot, tiny  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------ bases
 
@@ -121,6 +124,20 @@ def each_row_has_its_task_with_and_without_the_cache(mose):
     again = generated(mose, names, ids, use_cache=False)
     assert torch.equal(answers, again[0]) and torch.allclose(logits, again[1], atol=1e-4)
     assert not torch.allclose(logits, generated(mose, None, ids)[1], atol=1e-4)  # control
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_a_task_of_one_expert_can_be_merged_into_the_base(experts):
+    """By the recipe of the page. Control: with more experts it is not the same."""
+    page = (ROOT / "docs/works-with.md").read_text(encoding="utf-8")
+    recipe = page.split("**Merging a task into the base.**")[1].split("```python\n")[1]
+    config = MoSEConfig(num_experts=experts, top_k=1, density=0.3)
+    mose = learn(MoSE(tiny(), config), "other", "FOMC")
+    bare, before = said(mose, None), said(mose, "FOMC")
+    exec(recipe.split("```")[0], {"mose": mose, "model": mose.model})
+    merged = said(MoSE(mose.model), None)
+    assert not torch.allclose(bare, before, atol=1e-3)  # control: the task says something
+    assert torch.allclose(merged, before, atol=1e-4) == (experts == 1)
 
 
 @pytest.mark.parametrize("name", ["nope", "embed_tokens", "input_layernorm", "self_attn", "proj"])
