@@ -20,7 +20,9 @@ off than MoSEs.
 
 Rule of a second search for the LoRAs on tiny-llm, written before it ran, since MoSEs had the best of
 four scales and the LoRAs had one: for each rank, first the best of three rates (LORA_RATES) at scale
-4; with this rate, then the best of the scales 2, 4, 8 and 16 (`eval`, seed 0).
+4; with this rate, then the best of the scales 2, 4, 8 and 16 (`eval`, seed 0). For rank 1 the highest
+rate was the best, so 5e-2 was added. MoSEs' rate was searched again as well: half and twice the
+default, as the scales (`eval`, seeds 0 and 1).
 
 Rule of the search of the density, written before it ran: with that pair, densities 0.003, 0.006,
 0.01, 0.015, 0.02 and 0.03 on tiny-llm (`eval`, seeds 0 and 1). The default is the smallest whose OP
@@ -43,7 +45,7 @@ SEEDS = range(5)
 PAIRED = range(10)  # of the comparison of routers
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
 # {rank: rates}: with a lower and a higher one than the best of earlier runs.
-LORA_RATES = {1: ("1e-2", "2e-2", "3e-2"), 2: ("5e-3", "1e-2", "2e-2"),
+LORA_RATES = {1: ("1e-2", "2e-2", "3e-2", "5e-2"), 2: ("5e-3", "1e-2", "2e-2"),
               4: ("5e-3", "1e-2", "2e-2"), 8: ("5e-3", "1e-2", "2e-2")}
 LORA_SCALE = "4"  # the default; that of LORA_RATES
 ONE_EXPERT = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
@@ -128,6 +130,10 @@ def jobs():
             add(f"search one expert, scale {scale}", seed, *own, *ONE_EXPERT, "--scale", scale)
             add(f"search all four gates, scale {scale}", seed, *own, "--top_k", "4",
                 "--scale", scale)
+    for rate in ("1e-2", "4e-2"):
+        for seed in (0, 1):
+            add(f"search mixture, rate {rate}", seed, "--methods", "mose", "--split", "eval",
+                "--lr", rate)
     for seed in SEEDS:
         for density in DENSITIES:
             add(f"mose {density}", seed, "--methods", "mose", "--density", density)
