@@ -73,8 +73,7 @@ def test_the_tables_of_the_readme_are_those_of_the_json(name, start):
 
 # {what the README calls a row of its table of tiny-llm: its runs}
 FRONTIER = {
-    **{f"a LoRA of rank {r}": f"task_lora r{r} {rate}"
-       for r, rate in ((1, "2e-2"), (2, "1e-2"), (4, "1e-2"), (8, "1e-2"))},
+    **{f"a LoRA of rank {r}": name for r, name in zip((1, 2, 4, 8), frontier.LORAS)},
     "a VeRA of rank 256": "VeRA r256 1e-1",
     "a SHiRA of the size of a LoRA of rank 1": "SHiRA r1 1e-1",
     "MoSEs, density 0.003": "mose 0.003",
