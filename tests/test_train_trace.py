@@ -430,6 +430,7 @@ def test_ask_infers_the_task_or_leaves_a_far_prompt_to_the_base(run, capsys):
         train_trace.main(train_trace.parse(["--device", "cpu", "--ask", f"{folder}/mose.pt", text]))
         out = capsys.readouterr().out
         assert "answer: " in out and (name in out) and ("far from every" in out) == (name == "base")
+        assert name == "base" or "cut after" not in out
 
 
 @pytest.mark.parametrize("positions", [96, 160])
@@ -466,12 +467,18 @@ def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
     train_trace.main(train_trace.parse([*options, *prompt]))
     (ids, answer), = asked
     assert ids == read_by_training and answer == positions - len(ids)
-    assert f"the model reads the last {task.limit} of them" in capsys.readouterr().out
+    assert answer == task.longest_answer() == task.max_new
+    out = capsys.readouterr().out
+    assert f"the model reads the last {task.limit} of them" in out
+    notes = Path("runs/default/args.json")
+    notes.write_text(notes.read_text().replace(f'"long": {answer}', '"long": 1'))
+    train_trace.main(train_trace.parse([*options, *prompt]))
+    assert asked.pop()[1] == 1 and "(it was cut after 1 tokens)" in capsys.readouterr().out
     other = tmp_path / "other.pt"
     other.write_bytes(b"no adapter")
     with pytest.raises(ValueError, match="other.pt begins with b'no adap'.*expected mose.pt"):
         train_trace.main(train_trace.parse([*options, "--ask", str(other), "a prompt"]))
-    Path("runs/default/args.json").unlink()  # control: without the notes of its run
+    notes.unlink()  # control: without the notes of its run
     train_trace.main(train_trace.parse([*options, *prompt]))
     assert asked[1][0] != read_by_training
 

@@ -134,6 +134,10 @@ class Task:
         """Some examples of train, on which finished tasks are tried before this one is learned."""
         return sample(self.train, min(PROBE_EXAMPLES, len(self.train)), f"{self.name}, probe")
 
+    def longest_answer(self):
+        """Tokens of the longest answer in train."""
+        return max(sum(label != -100 for label in labels) for _, labels in self.train)
+
     def error_of_a_constant(self):
         """The share of the probe's examples that the best constant answer gets wrong."""
         answers = [tuple(label for label in labels if label != -100)

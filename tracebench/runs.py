@@ -117,8 +117,8 @@ def unfinished(runs, go_on):
 
 
 def expect_same_data(folder, tasks):
-    """Note in args.json which data a run reads, how much of a prompt, and how long its answers may
-    be. Raises ValueError if an interrupted run of that folder began with other data."""
+    """Note in args.json which data a run reads, how much of a prompt, and how long its answers are.
+    Raises ValueError if an interrupted run of that folder began with other data."""
     file = folder / "args.json"
     notes = notes_of(folder)
     digests = {task.name: task.digests for task in tasks}
@@ -130,7 +130,7 @@ def expect_same_data(folder, tasks):
                          f"{', '.join(changed)}; put it back, or start again with another --name")
     if processes.RANK == 0:
         limits = {task.name: task.limit for task in tasks}
-        answers = {task.name: task.max_new for task in tasks}
+        answers = {task.name: task.longest_answer() for task in tasks}
         write_json(file, notes | {"data": digests, "limits": limits, "answers": answers})
 
 
