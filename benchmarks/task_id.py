@@ -46,21 +46,23 @@ def inferred(model, tokenizer, tasks):
 def report(results):
     """Markdown from the JSON alone."""
     lines = ["# Inferred tasks on the real TRACE\n",
-             "`python -m benchmarks.task_id --data FOLDER`: TRACE-0.5K, the keys of all training "
-             "prompts, each test prompt once, among eight tasks. MeetingBank's prompts are a "
-             f"stand-in. {results['machine']}.\n",
-             "| task | test prompts | right, with tiny-llm | with SmolLM2-135M | the others were "
-             "taken for |", "|---|---|---|---|---|"]
+             "Made by `python -m benchmarks.task_id --data FOLDER` on TRACE-0.5K. The keys are made "
+             "of all training prompts (those of MeetingBank are a stand-in). Then `infer_task` "
+             "chooses one of the eight tasks for each test prompt. Nothing is trained. "
+             f"{results['machine']}.\n",
+             "| task | test prompts | right, with tiny-llm | wrong | right, with SmolLM2-135M | "
+             "wrong |", "|---|---|---|---|---|---|"]
     every = [*results["found"].values()]
     for task in every[0]:
-        right = [found[task].get(task, 0) for found in every]
-        others = sorted({name for found in every for name in found[task]} - {task})
-        lines.append(f"| {task} | {sum(every[0][task].values())} | {right[0]} | {right[1]} | "
-                     f"{', '.join(others)} |")
+        cells = [task, sum(every[0][task].values())]
+        for found in every:
+            wrong = [f"{n} as {name}" for name, n in found[task].items() if name != task]
+            cells += [found[task].get(task, 0), ", ".join(wrong)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     right = [sum(found[task].get(task, 0) for task in found) for found in every]
     count = sum(sum(row.values()) for row in every[0].values())
     shares = [f"{n} ({100 * n / count:.1f} %)" for n in right]
-    lines.append(f"| all | {count} | {shares[0]} | {shares[1]} | |")
+    lines.append(f"| all | {count} | {shares[0]} | | {shares[1]} | |")
     return "\n".join(lines) + "\n"
 
 
