@@ -10,11 +10,11 @@
 `search` looks for the rate of a LoRA of rank 1. Its rule, written before it ran: C-STANCE and
 NumGLUE-ds, 100 steps each, `eval`, seed 0, the rates 3e-3 and 1e-2; the larger mean wins. 3e-3 won,
 the lower one, so 1e-3 was added afterwards. The runs of `long` were made with 3e-3. Most of MoSEs'
-lead there came from two tasks that the search did not have. So `search more` has these, and both
-have 5e-3 too. Its rule, written before it ran: the largest mean of all four tasks wins; if that is
-not 3e-3, `long` runs rank 1 again with it. (1e-3, with 30.0 in the first search, could not win, and
-was not run.) 1e-2 won, and by far. So MoSEs got the same search, at their default rate and at 1e-2;
-whatever wins there, `long` shows.
+lead there came from two tasks that the search did not have. So `search more` has these, and 5e-3 too.
+Its rule, written before it ran: the largest mean of all four tasks wins; if that is not 3e-3, `long`
+runs rank 1 again with it. 1e-2 won. (1e-3 and 5e-3 were run on two of the four tasks only, since
+after these they could not win any more.) So MoSEs get the same search, at their default rate and at
+1e-2; whatever wins there, `long` shows.
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. Called again, a list goes on where it was stopped. `report`
@@ -263,8 +263,9 @@ def report(results):
                   "were not all the same when they were made again. The cause was not found."]
     searched = of(results, "search ")
     if searched:
-        lines += ["\n## The rate of a LoRA of rank 1\n\nC-STANCE and NumGLUE-ds of trace-mini, 100 "
-                  "steps each, `eval`, seed 0.\n", "| run | OP |", "|---|---|",
+        lines += ["\n## Rates that were searched\n\ntrace-mini, 100 steps a task, `eval`, seed 0: "
+                  "C-STANCE and NumGLUE-ds, and where it says `more`, NumGLUE-cm and ScienceQA.\n",
+                  "| run | OP |", "|---|---|",
                   *(f"| `{name}` | {spread([r['op'] for r in some])} |"
                     for name, some in searched.items())]
     for run in of(results, "memory ").get("mose", []):
