@@ -48,7 +48,7 @@ class Args:
     epochs: str = option("4", "epochs of each task: a number, a list (5,3,..), trace for TRACE's "
                          "own, or short for less than half of these")
     lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 2.5 / width of the base)")
-    lora_lr: float = option(1e-2, "learning rate of all other methods")
+    lora_lr: float = option(5e-3, "learning rate of all other methods")
     schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
     batch: int = option(16, "examples of one step")
     tokens: int = option(1536, "tokens of one training pass at most, with padding")
