@@ -3,10 +3,11 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch.
 
 The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
-All weights of the layer's experts form its pool. A task owns a few entries of each pool: its mask
-selects the free entries with the best scores, in A and in B separately, and the scores are learned
-with the weights. A task also has a router, whose gates weigh the experts for each token. All but
-top_k gates are 0:
+Expert e is a pair of matrices A_e (D, R) and B_e (R, O). All weights of the layer's experts form
+its pool. A task owns a few entries of each pool: its mask selects those with the best scores among
+the free entries, which no finished task owns. It selects in A and in B separately, and the scores
+are learned with the weights. In each layer a task also has a router, whose gates weigh the experts
+for each token. All but top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
@@ -15,10 +16,11 @@ top_k gates are 0:
 `used` marks the entries that a finished task owns. Their values are in the buffer `frozen`, which
 no optimizer holds, and the router of a finished task is stored. `reads` marks the entries that the
 task in force reads, and all others count as 0. (The task in force is the one that the forward pass
-applies.) A task reads the entries that it owns. It also reads all entries of A that earlier tasks
-own: these values are there already and cost nothing. A task may instead start from a finished task,
-its source. Besides its own entries, it then reads what its source reads. The router does not see
-all D numbers of a token: `projection`, which is random and fixed, leaves P of them.
+applies. The part of an expert that a task reads is a SubExpert: hence the name of the method.) A
+task reads the entries that it owns. It also reads all entries of A that earlier tasks own: these
+values are there already and cost nothing. A task may instead start from a finished task, its
+source. Besides its own entries, it then reads what its source reads. The router does not see all D
+numbers of a token: `projection`, which is random and fixed, leaves P of them.
 
 Since only free entries can be selected, nothing that a finished task reads can change: forgetting
 is ruled out by construction.
@@ -112,7 +114,8 @@ def top_k_mask(scores, k):
 
 
 class StraightThrough(torch.autograd.Function):
-    """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All are (N,).
+    """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All arguments
+    are (N,).
 
     The backward pass ignores which entries are read. This is the straight-through estimator, by
     which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
@@ -149,7 +152,7 @@ def top_k_gates(logits, k):
 # ------------------------------------------------------------------------------ the experts
 
 SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD
-FP32 = {"dtype": torch.float32, "device": "cpu"}  # even if torch's default dtype or device differs
+CPU_FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 class SubExperts(nn.Module):
@@ -163,17 +166,17 @@ class SubExperts(nn.Module):
     router          (E, P), a Parameter
     inherited       (N,), bool, the entries of finished tasks that it reads
     num_new         [in A, in B], how many entries it will own
-    is_open         whether there is an open task
+    They are made by `begin`. `is_open` tells whether there is an open task.
 
     The finished tasks:
     frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
     owner           (N,), number of the task that an entry belongs to; 0 if it is free
     routers         {name: router (E, P)}, on the CPU
 
-    The task in force is what the forward pass applies. Each row of a batch may have its own:
+    The task in force is what the forward pass applies. Each row of a batch may have another task:
     learning        whether the open task is in force; otherwise finished tasks are, or none
-    in_force        [(rows, pair)] of the finished tasks in force: which rows of the batch have the
-                    task (None: all rows), and what `matrices` makes for its tokens
+    in_force        [(rows, (first, second))] of the finished tasks in force: the rows of the batch
+                    that have the task (None: all rows), and the two matrices of `matrices`
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
     """
 
@@ -210,7 +213,9 @@ class SubExperts(nn.Module):
 
     @torch.no_grad()
     def begin(self, lineage, source, need, generator):
-        """Open a task. It starts from the finished task `source`, or as the bare base (None).
+        """Prepare a task, which `MoSE.begin_task` opens once all layers are prepared.
+
+        source: the finished task from which it starts. With None it starts as the bare base.
 
         lineage: its own number, that of its source, that of the source's source, and so on. Task 5
         has the lineage [5, 2] if it starts from task 2, which started as the bare base.
@@ -227,8 +232,8 @@ class SubExperts(nn.Module):
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate: at
-        # the default rate of 2.5 / width, a step is about the whole spread at a width of 600.
-        drawn = torch.rand(self.score.shape, generator=generator, **FP32)
+        # a rate of 2.5 / hidden_size, a step is about the whole spread if hidden_size is 600.
+        drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
         # start anew here: otherwise this task would read them before it has learned anything.
@@ -237,9 +242,9 @@ class SubExperts(nn.Module):
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
             D, _ = self.shape_A
             A, _ = self.split(self.weight)
-            drawn = torch.rand(A.shape, generator=generator, **FP32)
+            drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
-            drawn = torch.randn(self.router.shape, generator=generator, **FP32)
+            drawn = torch.randn(self.router.shape, generator=generator, **CPU_FP32)
             self.router.copy_(self.config.router_std * drawn)
         else:
             # New entries are 0, so the task starts exactly as its source. They can learn, since
@@ -249,15 +254,16 @@ class SubExperts(nn.Module):
     def reads(self, lineage):
         """The used entries that a task with this lineage reads, a bool mask (N,).
 
-        These are the entries of all tasks in the lineage. (An open task owns none yet. It also
-        reads those that it would select now, which `open_matrices` adds.) The last number of the
-        lineage is its root, the task that started as the bare base. All entries of A with a smaller
-        number were used when the root began, and they are read too.
+        These are the entries that the tasks of its lineage own, and the entries of A that were
+        used when its root began. The root is the last number of the lineage: the task that started
+        as the bare base. Entries that were used then belong to tasks with smaller numbers.
+
+        An open task owns nothing yet, so `open_matrices` adds what it would select now.
         """
         # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
-        # that, and its A has more entries that are not 0. It does not read the used entries of B,
-        # which would add the outputs of all earlier tasks to its own. (A task with a source reads
-        # what its source reads, and no more, so that it starts as an exact copy.)
+        # that, and its B gets more input. It does not read the used entries of B, which would add
+        # the outputs of all earlier tasks to its own. (A task with a source reads what its source
+        # reads, and no more, so that it starts as an exact copy.)
         root = lineage[-1]
         mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
         owner_A = self.owner[:self.size_A]
@@ -274,9 +280,9 @@ class SubExperts(nn.Module):
         return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
 
     def can_learn(self):
-        """Whether the open task, if it has no source, can change what the layer computes.
+        """Whether entries of B can learn, in the open task or in the one that was finished last.
 
-        B starts at 0, so it needs entries of B of its own. Those of A may be of earlier tasks.
+        They need an A that is not 0, of the task itself or of earlier ones.
         """
         new_A, new_B = self.num_new
         return new_B > 0 and (new_A > 0 or bool(self.inherited.any()))
@@ -313,10 +319,11 @@ class SubExperts(nn.Module):
         return A.view(self.shape_A), B.view(self.shape_B)
 
     def matrices(self, pool, router):
-        """What a token is multiplied with: first (D, E*R + E), then (E*R, O).
+        """The two matrices by which a token is multiplied.
 
-        The first is A of all experts and, beside it, projection @ router.T: so one product with the
-        token gives both what A makes of it and the logits of the gates. The second is scale * B.
+        The first (D, E*R + E) is A of all experts and, beside it, projection @ router.T. So one
+        product with the token gives both what A makes of it and the logits of the gates. The second
+        (E*R, O) is scale * B. It is multiplied by what A made, weighed by the gates.
         """
         A, B = self.split(pool)
         with autocast_off(pool.device):
@@ -404,8 +411,8 @@ class MoSE:
     layers  the SubExperts, in the order of the model's layers
     tasks   {name: lineage} of the finished tasks, in the order of learning. A lineage is a list of
             numbers: that of the task, that of its source, and so on.
-    open    name of the task that is being learned, or None. It has its lineage in `lineage`, and
-            the sums for its key in `open_sums`.
+    open    name of the task that is being learned, or None. `lineage` is its lineage, and
+            `open_sums` has the sums for its key.
     active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
     """
@@ -444,7 +451,7 @@ class MoSE:
         answers. It is called under the bare base and under each finished task. With several
         processes, only what it returns in the first one counts. guess: the error of the best
         constant answer, say 1 - the share of the largest class. Returns (None, 1.0) if no finished
-        task is worth it. Raises ValueError if probe() returns anything but numbers >= 0.
+        task is worth it. Raises ValueError if probe() returns a negative or infinite number.
         """
         if not self.tasks:
             return None, 1.0
@@ -519,7 +526,7 @@ class MoSE:
         If it runs out of memory while it selects the entries, the task stays open: call it again.
         """
         self._check_open()
-        # Of all Parameters, also of those that the caller has frozen in the meantime.
+        # All Parameters are checked, also those that the caller has frozen in the meantime.
         finite = all(p.isfinite().all() for layer in self.layers for p in layer.parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
@@ -545,13 +552,14 @@ class MoSE:
 
     @torch.inference_mode(False)  # autograd could not use matrices that were made in it
     def set_task(self, task):
-        """Put a task in force, for all threads: a name, None for the bare base, or a list.
+        """Put a task in force, for all threads.
 
-        A list has a finished task, or None, for each row of the batch; the open task can't be in
-        it. `generate` repeats each example for beams and for several answers: repeat its name as
-        often. Keep the task until after backward(), since gradient checkpointing runs the forward
-        pass once more. Only the open task learns: put it in force again before you go on training.
-        Raises ValueError for a task that is not known.
+        task: a name, or None for the bare base, or a list. A list has a finished task, or None, for
+        each row of the batch; the open task can't be in it. `generate` repeats each example for
+        beams and for several answers: repeat its name as often. Keep the task until after
+        backward(), since gradient checkpointing runs the forward pass once more. Only the open task
+        learns: put it in force again before you go on training. Raises ValueError for a task that
+        is not known.
         """
         if isinstance(task, str):
             task = plain_str(task)
@@ -560,7 +568,8 @@ class MoSE:
         learning = self.open is not None and task == self.open
         unknown = [name for name in names if name is not None and name not in self.tasks]
         expect(learning or not unknown,
-               f"unknown tasks {unknown}: finished so far are {[*self.tasks]}")
+               f"unknown tasks {unknown}: expected finished ones, {[*self.tasks]}, or the open "
+               f"task alone, {self.open!r}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
         if task is not None:  # the bare base needs no experts
             check_layers(self.model, self.layers)
@@ -588,11 +597,11 @@ class MoSE:
 
     @contextlib.contextmanager
     def task(self, task):
-        """`with mose.task("FOMC"): ...` puts a task in force, and then what was in force before; or
-        the bare base, if that was forgotten or renamed in the meantime.
+        """`with mose.task("FOMC"): ...` puts a task in force for the block.
 
-        It holds for all threads, as `set_task` does. So if another thread is generating an answer,
-        that answer changes midway.
+        Afterwards the task before it is in force again; or the bare base, if that task was
+        forgotten or renamed in the block. The task is in force for all threads, as with `set_task`:
+        if another thread is generating an answer, that answer changes midway.
         """
         before = self.active
         self.set_task(task)
@@ -631,8 +640,9 @@ class MoSE:
     def infer_task(self, input_ids, attention_mask=None, return_confidence=False):
         """The task of each prompt (B, T), a list of names; no pass through the model.
 
-        With return_confidence also numbers 0 .. 1: near 0 for a prompt far from every task. Only
-        tasks with observed prompts can be found.
+        With return_confidence also numbers 0 .. 1. They are near 0 for a prompt far from every
+        task, and 0 for one that has only tokens that all tasks share. Only tasks with observed
+        prompts can be found.
         """
         expect(self.keys.tasks, "no task has a key: observe() prompts of each task")
         names, confidence = self.keys.infer(unpadded(input_ids, attention_mask))
@@ -660,7 +670,8 @@ class MoSE:
         What the other tasks compute stays the same, bit for bit: entries that they read stay.
         """
         known = [*self.tasks] if self.open is None else [self.open]
-        expect(name in known, f"can't forget {name!r}: expected one of {known}")
+        expect(name in known, f"can't forget {name!r}: expected one of {known}"
+               + (", since this task is open" if self.open is not None else ""))
         self.tasks.pop(name, None)
         self.keys.tasks.pop(name, None)
         self.open = None
@@ -693,10 +704,12 @@ class MoSE:
         """Take everything off: the base is what it was, bit for bit."""
         expect(self.attached, "this MoSE is detached already")
         self.attached = False
+        ids = {layer.handle.id for layer in self.layers}
         for module in [*self.model.modules()]:
-            # Not by their handles: quantize_dynamic copies the hooks to layers of its own.
+            # quantize_dynamic copies the hooks to layers of its own, under other ids. If somebody
+            # has wrapped a hook in a function, only its id tells whose it is.
             for key, hook in [*module._forward_hooks.items()]:
-                if getattr(hook, "__self__", None) in self.layers:
+                if key in ids or getattr(hook, "__self__", None) in self.layers:
                     del module._forward_hooks[key]
             if getattr(module, "sub_experts", None) in self.layers:
                 del module.sub_experts
@@ -731,8 +744,9 @@ class MoSE:
         """{task: {"new": how many entries it owns, "share": what share of the pool is in use after
         it, "bytes": {kind: bytes}}}.
 
-        The bytes are about those in the saved file. What all keys share counts with the first task,
-        and what a forgotten task left to others counts with the next one.
+        The bytes are about those in the saved file. The covariance, which all keys share, counts
+        with the first task that has a key. Entries that a forgotten task left to tasks that read
+        them count with the next task.
         """
         report = {}
         total = sum(len(layer.owner) for layer in self.layers)
@@ -753,10 +767,11 @@ class MoSE:
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all.
 
-        The keys are rounded, in the file and here: let each of several processes save.
+        The keys are rounded to bf16, in the file and in this object too. So if there are several
+        processes, call it in each of them: otherwise their keys would differ.
         """
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
-        # So who saves and who loads find the same tasks.
+        # This object keeps the rounded keys, so it finds the same tasks as one that loads the file.
         self.keys.restore(*self.keys.state())
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
@@ -783,11 +798,13 @@ class MoSE:
 
     @classmethod
     def load(cls, model, path, tasks=None):
-        """Attach to `model` what `save` wrote, or only some of its tasks. None is in force then.
+        """Attach to `model` what `save` wrote, or only some of its tasks.
 
-        tasks: a list of names, or None for all. Raises ValueError, and leaves the model alone, for
-        a file that is damaged, of another format or made on another base.
+        tasks: a list of names, or None for all. Afterwards the bare base is in force. Raises
+        ValueError, and leaves the model alone, for a file that is damaged, of another format or
+        made on another base.
         """
+        expect(not isinstance(tasks, str), f"tasks: got {tasks!r}, expected a list of names")
         check_model(model)
         with open(path, "rb") as file:
             data = file.read()
@@ -823,24 +840,27 @@ class MoSE:
                f"{len(other)} differ: {', '.join(other[:3])}")
         sizes = [len(layer.owner) for layer in self.layers]
         owner = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
-        frozen = torch.zeros(sum(sizes), **FP32)
+        frozen = torch.zeros(sum(sizes), **CPU_FP32)
         for number, (count, places, values) in entries.items():
             places = decompressed(places, torch.int32).cumsum(0) - 1  # from the gaps between them
             values = decompressed(values, torch.float32)
-            expect(0 < number <= last_number, f"entries of the number {number}")
-            expect(0 < count == len(places) == len(values), f"{len(values)} values for "
-                   f"{len(places)} entries")
-            expect(values.isfinite().all(), "values that are not finite")
-            expect(0 <= places.min() and places.max() < len(owner), "entries outside of the pools")
+            expect(0 < number <= last_number,
+                   f"entries belong to task number {number}, expected 1 to {last_number}")
+            expect(0 < count == len(places) == len(values),
+                   f"{len(values)} values for {len(places)} entries, expected {count} of both")
+            expect(values.isfinite().all(), "it has values that are not finite")
+            expect(0 <= places.min() and places.max() < len(owner),
+                   "it has entries outside of the pools")
             owner[places] = number
             frozen[places] = values
         shape = len(self.layers), *self.layers[0].router.shape
         for name, lineage in tasks.items():
             expect(0 < min(lineage) and max(lineage) <= last_number,
-                   f"a task {name!r} with the lineage {lineage}")
-            expect(routers[name].shape == shape, f"a router of another shape for {name!r}")
+                   f"task {name!r} has the lineage {lineage}, expected numbers 1 to {last_number}")
+            expect(routers[name].shape == shape,
+                   f"the routers of {name!r} are {tuple(routers[name].shape)}, expected {shape}")
         self.keys.restore(*keys)
-        expect({*self.keys.tasks} <= {*tasks}, "a key of a task that is not there")
+        expect({*self.keys.tasks} <= {*tasks}, "it has the key of a task that is not there")
         self.last_number, self.tasks, self.packed = last_number, tasks, entries
         parts = zip(self.layers, owner.split(sizes), frozen.split(sizes))
         for i, (layer, own_owner, own_frozen) in enumerate(parts):
@@ -856,9 +876,10 @@ class TaskKeys:
 
     A task has a mean and a variance of its own, and all tasks share the shape of one covariance.
     (Linear discriminant analysis does the same, but there they share its size too.) A prompt can
-    also belong to none of them: this is one more Gaussian, which is wider. To choose among tasks,
-    the variance of each is drawn towards the typical one. To compare with "none of them", its own
-    is taken. Only running sums are kept, and no prompt.
+    also belong to none of them: this is one more Gaussian, which is wider. To find the most likely
+    task, the variance of each task is replaced by one halfway between its own and the average one.
+    To decide whether the prompt belongs to that task at all, its own variance is taken. Only
+    running sums are kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
@@ -913,8 +934,13 @@ class TaskKeys:
 
     def embed(self, table, tokens, weights):
         """The weighted sum of token embeddings under the projection, (key_dim,)."""
+        outside = tokens[tokens >= len(table)].tolist()  # on a GPU, these would end the process
+        expect(not outside, f"got the ids {outside[:3]}, but there are {len(table)} embeddings: "
+                            "expected ids of the model's own tokenizer")
         vectors = table[tokens.to(table.device)].float().cpu()
-        return (weights @ vectors @ self.projection).double()  # `merge` subtracts large sums
+        with autocast_off(vectors.device):
+            x = weights @ vectors @ self.projection
+        return x.double()  # `merge` subtracts large sums
 
     # ---- the life of a task
 
@@ -931,7 +957,8 @@ class TaskKeys:
         table = self.table()
         bags = [self.tokens_and_weights(ids) for ids in prompts]
         vectors = [self.embed(table, tokens, weights) for tokens, weights in bags]
-        # A task of such prompts alone would have a variance of 0 or nan, and with it all keys.
+        # A task of such prompts alone would have a variance of 0 or nan. Through `pooled`, this
+        # would spoil the keys of all tasks.
         expect(all(x.isfinite().all() and x.any() for x in vectors),
                "the mean embedding of a prompt is 0 or not finite. If it is nothing but padding, "
                "pass its attention_mask, or leave it out")
@@ -956,13 +983,14 @@ class TaskKeys:
             # A variance counts the imaginary prompt as well.
             squares = (had + 1) * variance + scatter.diagonal().mean().item()
             mean = old.double() + more / count * gap
-            # What was common so far stays so only if the new prompts hold it too. It counts as if
-            # all earlier prompts had held it.
-            tokens = {token: (had + tokens[token][0], had * weight + tokens[token][1])
-                      for token, weight in common.items() if token in tokens}
+            # Only what was common so far can stay so. It counts as if all earlier prompts had held
+            # it.
+            more_of = {token: tokens.get(token, (0, 0.0)) for token in common}
+            tokens = {token: (had + held, had * common[token] + total)
+                      for token, (held, total) in more_of.items()}
         else:
             count = more
-            scatter += self.IMAGINARY * mean.square().mean() * torch.eye(len(mean), **FP32)
+            scatter += self.IMAGINARY * mean.square().mean() * torch.eye(len(mean), **CPU_FP32)
             squares = scatter.diagonal().mean().item()
         variance = squares / (count + 1)
         common = {token: total / count for token, (held, total) in tokens.items()
@@ -980,7 +1008,8 @@ class TaskKeys:
         """([name], [confidence]) of prompts [(T,), ..]."""
         table = self.table()
         shared = self.shared_tokens()
-        own, is_empty = [], []  # of each prompt: its text that is not shared; whether it has none
+        own = []  # for each prompt: the mean of its tokens that are not shared
+        is_empty = []  # for each prompt: whether all of its tokens are shared
         for ids in prompts:
             tokens, weights = self.tokens_and_weights(ids)
             keep = ~torch.isin(tokens, shared)
@@ -994,20 +1023,20 @@ class TaskKeys:
         # variance.
         typical_deviation = pooled.diagonal().mean()
         shrinkage = self.SHRINKAGE * dim / self.count
-        pooled = pooled + shrinkage * typical_deviation * torch.eye(dim, **FP32)
+        pooled = pooled + shrinkage * typical_deviation * torch.eye(dim, **CPU_FP32)
         shape = pooled / pooled.diagonal().mean()  # of variance 1, as a mean over the dimensions
         root = torch.linalg.cholesky(shape)
         logits, ratios = [], []
         for _, mean, variance, common in self.tasks.values():
             # Here the shared text gets the weight that it has in the task's own prompts. So it is
             # the same in x and in the mean, and their difference does not depend on it.
-            weights = torch.tensor([common[token] for token in shared.tolist()], **FP32)
+            weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
             x = self.embed(table, shared, weights) + (1 - weights.sum()) * own  # (B, key_dim)
             z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
             distance = z.square().mean(0)  # (B,), squared, a mean over the dimensions
-            # This is sqrt(variance * typical_deviation**2), between the task's own variance and the
-            # typical one. With its own alone, a prompt slightly off the mean of a narrow task would
-            # go to a wide one.
+            # This is sqrt(variance * typical_deviation**2), halfway between the task's own variance
+            # and the typical one. With its own alone, a prompt slightly off the mean of a narrow
+            # task would go to a wide one.
             between = math.sqrt(variance) * typical_deviation
             # The log of a Gaussian, up to a constant that all tasks share.
             logits.append(-dim / 2 * (distance / between + between.log()))
@@ -1067,7 +1096,7 @@ FORMAT = b"MoSE 3\n"  # how the files begin that `save` writes
 def plain_str(name):
     """A name as a plain str: torch.load refuses files with np.str_ or an Enum in them. (The str()
     of an Enum would be the name of its class and member.)"""
-    expect(isinstance(name, str), f"got {name!r}, expected a str")
+    expect(isinstance(name, str), f"got {name!r} as a name, expected a str")
     return str.__str__(name)
 
 
@@ -1133,8 +1162,8 @@ def check_model(model):
            "without tp_plan. A base that outgrows a GPU can be sharded (docs/works-with.md)")
     kind = type(model).__name__
     expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
-           f"{kind} has a head that was drawn at random, and the base stays as it is: expected a "
-           "causal language model, which answers in words")
+           f"{kind} has a head with labels of its own, and the base stays as it is, so no task "
+           "could have others: expected a causal language model, which answers in words")
     # FSDP1 and ZeRO-3 take away the weights, or flatten them, while no pass is running.
     table = model.get_input_embeddings().weight
     wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
@@ -1158,7 +1187,7 @@ def check_layers(model, layers):
         # layer, which quantize_dynamic makes, it has another id and still belongs to `layer`.
         expect(layer.handle.id in hooks or id(layer) in owners,
                "the hook of a target is gone, so the layer would be the bare base: detach() this "
-               "MoSE, and load() it again")
+               "MoSE (unless you did), and load() it again")
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
                "the experts are sharded: shard the base first and attach the experts then, or pass "
                "all parameters of mose.layers as ignored_params (docs/works-with.md)")
@@ -1172,8 +1201,8 @@ def check_frozen(model, layers):
             if p.requires_grad and id(p) not in experts]
     expect(not free, f"the base has to stay frozen, but {len(free)} of its parameters require a "
                      f"gradient: {free[:3]}. Call requires_grad_(False) on these alone, and not "
-                     "on the experts. A LoRA of peft gets free if it is added after the MoSE, and "
-                     "whenever disable_adapter() ends")
+                     "on the experts. peft makes its LoRA trainable when it is added, and each "
+                     "time that disable_adapter() ends")
 
 
 def warn_of_unused(model, layers, name):
@@ -1198,8 +1227,11 @@ def warn_of_unused(model, layers, name):
 
 
 def autocast_off(device):
-    """A context without autocast. Where it is off already, entering torch's own would take longer
-    than the products of a token. (An exported graph may run under autocast later.)"""
+    """A context without autocast.
+
+    torch's own context takes longer than the products of a token, so it is entered only where
+    autocast is on, or may be on later: an exported graph may run under autocast.
+    """
     if torch.is_autocast_enabled(device.type) or torch.compiler.is_exporting():
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -1214,7 +1246,8 @@ def expect_rows(x, rows):
 
 
 def compressed(numbers):
-    """Numbers of 4 bytes each (k,) as few bytes: the first bytes of all, then the second, .."""
+    """Numbers of 4 bytes each (k,) as bytes, compressed. The first bytes of all numbers come first,
+    then all second bytes, and so on: bytes that are alike stand together, and compress better."""
     planes = numbers.contiguous().view(torch.uint8).view(-1, 4).T
     return lzma.compress(bytes(planes.flatten().tolist()))  # a list, since numpy may be missing
 

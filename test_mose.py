@@ -398,7 +398,7 @@ def test_the_task_in_force_outlives_a_with_block_and_leaves_when_it_is_forgotten
     (r"source: got 'z'.*\['a', 'b'\]", lambda mose: mose.begin_task("c", "z")),
     ("need: got 1.5", lambda mose: mose.begin_task("c", "a", 1.5)),
     ("need: got nan", lambda mose: mose.begin_task("c", "a", math.nan)),
-    ("got 3, expected a str", lambda mose: mose.begin_task(3)),
+    ("got 3 as a name, expected a str", lambda mose: mose.begin_task(3)),
     (r"can't rename 'z'.*\['a', 'b'\]", lambda mose: mose.rename("z", "c")),
     ("there is a task 'b' already", lambda mose: mose.rename("a", "b")),
     ("empty list of tasks", lambda mose: mose.set_task([])),

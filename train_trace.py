@@ -37,6 +37,8 @@ import dataclasses
 import math
 import random
 import sys
+import traceback
+from pathlib import Path
 
 import datasets
 import torch
@@ -52,7 +54,7 @@ from tracebench.methods import attach, lessons, rate, tasks_to_test
 from tracebench.model import (
     TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model,
     passes_of_this_process)
-from tracebench.options import parse
+from tracebench.options import ROOT, parse
 from tracebench.runs import (
     Record, Tested, draw, expect_same_data, facts_of_run, locked_folders, start_anew, unfinished)
 from tracebench.scores import SCORES, floor, mean
@@ -268,8 +270,9 @@ def session(todo, runs, args):
     # One bar for everything. With smoothing=0, its estimate includes the time for tests.
     bar = tqdm(total=steps, unit="step", ncols=100, smoothing=0, disable=processes.RANK > 0)
     for record in records:
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # for the peak memory in facts_of_run
+        if model.device.type == "cuda":  # for the peak memory in facts_of_run
+            for gpu in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(gpu)
         if record.method not in ("floor", "base"):
             learn_in_a_row(record, model, tokenizer, tasks, record.args, bar)
         elif not record.done():  # an interrupted run may have its scores, and no result file yet
@@ -278,8 +281,19 @@ def session(todo, runs, args):
     bar.close()
 
 
-if __name__ == "__main__":
+def from_the_command_line():
+    """Do what the command line asks for. An error that the user can mend becomes one message."""
     try:
         main(parse())
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train_trace.py: error: {error}\nGo on with fewer tokens in a pass, half as many "
+                 "say: --resume runs/NAME --tokens N (and --checkpointing, if one row is too long)")
     except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+        if isinstance(error, ValueError) and raised_in not in (ROOT, ROOT / "tracebench"):
+            traceback.print_exc()  # the message of another library may not say where it went wrong
         sys.exit(f"train_trace.py: error: {error}")
+
+
+if __name__ == "__main__":
+    from_the_command_line()

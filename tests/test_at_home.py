@@ -390,6 +390,44 @@ def test_a_prompt_without_an_embedding_is_refused_and_harms_no_key(value, guard,
         assert not mose.keys.pooled.isfinite().all()
 
 
+def test_one_later_prompt_without_the_shared_text_does_not_make_a_key_lose_it():
+    mose, template = attach(), torch.arange(40, 60).expand(64, 20)
+    for name in "ab":
+        mose.begin_task(name)
+        mose.observe(torch.cat([template, data(name, 64)], dim=1))
+        mose.end_task()
+    shared = [*range(40, 60)]
+    assert mose.keys.shared_tokens().tolist() == shared
+    mose.observe(data("one more a", 1), task="a")
+    assert mose.keys.shared_tokens().tolist() == shared
+    mose.observe(data("many more a", 64), task="a")  # control: half of the prompts lack it now
+    assert mose.keys.shared_tokens().tolist() == []
+
+
+def test_ids_of_another_tokenizer_are_refused():
+    mose = learn(attach(), "a")
+    for use in (lambda ids: mose.observe(ids, task="a"), mose.infer_task):
+        use(torch.tensor([[63]]))  # control
+        refuses(r"got the ids \[64, 70\], but there are 64 embeddings", use,
+                torch.tensor([[70, 5, 64]]))
+
+
+def test_keys_are_the_same_under_autocast(guard, monkeypatch):
+    def embed(keys, table, tokens, weights):  # off: as if `embed` took no care of it
+        return (weights @ table[tokens].float() @ keys.projection).double()
+
+    guard or monkeypatch.setattr(TaskKeys, "embed", embed)
+    means = []
+    for enabled in (False, True):
+        mose = attach()
+        mose.begin_task("a")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            mose.observe(data("a"))
+        mose.end_task()
+        means.append(mose.keys.tasks["a"][1])
+    assert torch.equal(*means) == guard
+
+
 def test_prompts_that_come_later_one_by_one_count_as_much_as_together(guard, monkeypatch):
     def rounded(keys, name, sums, merge=TaskKeys.merge):
         merge(keys, name, sums)

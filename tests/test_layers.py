@@ -307,6 +307,19 @@ def test_a_hook_that_somebody_removed_is_seen_when_a_task_is_set(task, guard, mo
     assert torch.equal(mose.model(data("a")).logits, tiny()(data("a")).logits)
 
 
+def test_detach_finds_a_hook_that_somebody_wrapped_in_a_function():
+    mose = learn(MoSE(tiny()), "a")
+    hooks = mose.model.model.layers[1].self_attn.v_proj._forward_hooks
+    for key, hook in hooks.items():
+        hooks[key] = lambda *given, hook=hook: hook(*given)
+    before = snapshot(mose, "a")
+    with mose.task(None):
+        assert not torch.equal(snapshot(mose, None), before)  # control: the hook is at work
+    mose.set_task("a")
+    mose.detach()
+    assert torch.equal(mose.model(data("a")).logits, tiny()(data("a")).logits)
+
+
 class FullyShardedDataParallel(torch.nn.Module):
     """As the wrapper of FSDP1 is named. It keeps the shapes of weights whose memory it frees."""
 

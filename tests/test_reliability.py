@@ -91,18 +91,27 @@ def guard(request):
     return request.param
 
 
-def test_resume_goes_alone_and_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
+def test_resume_takes_no_other_method_and_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_trace.main(dataclasses.replace(SHORT, name="a", methods="lora"))
     before = reliability.outcome(tmp_path / "runs/a")
-    for argv, message in ((["--resume", "runs/a", "--lr", "1"], "--resume goes alone"),
-                          (["--resume", "runs/a", "--tasks", "FOMC"], "--resume goes alone"),
+    options = "--resume: the run goes on with the options that it began with"
+    for argv, message in ((["--resume", "runs/a", "--lr", "1"], options),
+                          (["--resume", "runs/a", "--tasks", "FOMC"], options),
+                          (["--resume", "runs/a", "--tokens", "9", "--lr", "1"], options),
+                          (["--resume", "runs/a", "--tokens", "0"], "--tokens: got 0"),
                           (["--resume", "runs/none"], "there is no runs/none/args.json")):
         with pytest.raises(SystemExit):
             train_trace.parse(argv)
         assert message in capsys.readouterr().err
+    began = train_trace.parse(["--resume", "runs/a"])
+    for argv, changed in (([], {}), (["--tokens", "99"], {"tokens": 99}),
+                          (["--tokens", str(Args.tokens)], {"tokens": Args.tokens}),
+                          (["--checkpointing"], {"checkpointing": True})):
+        args = train_trace.parse(["--resume", "runs/a", *argv])
+        assert args == dataclasses.replace(began, **changed)
     monkeypatch.setattr(train_trace, "load_model", None)  # not even the model is loaded
-    train_trace.main(train_trace.parse(["--resume", "runs/a"]))
+    train_trace.main(began)
     assert reliability.outcome(tmp_path / "runs/a") == before
 
 
@@ -397,8 +406,8 @@ def load(content, tmp_path):
 
 
 MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, tmp_path))
-    "task name None": ("got None, expected a str", lambda m, b, p: m.begin_task(None)),
-    "task name 3": ("got 3, expected a str", lambda m, b, p: m.begin_task(3)),
+    "task name None": ("got None as a name, expected a str", lambda m, b, p: m.begin_task(None)),
+    "task name 3": ("got 3 as a name, expected a str", lambda m, b, p: m.begin_task(3)),
     "a known name": ("'a' is finished: expected a new", lambda m, b, p: m.begin_task("a")),
     "a source that is none": ("source: got 'z'", lambda m, b, p: m.begin_task("c", "z")),
     "the source as a probe": ("source: got <", lambda m, b, p: m.begin_task("c", len)),
@@ -425,7 +434,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "forget an unknown": ("can't forget 'z'", lambda m, b, p: m.forget("z")),
     "rename an unknown": ("can't rename 'z'", lambda m, b, p: m.rename("z", "c")),
     "rename to a known": ("a task 'b' already", lambda m, b, p: m.rename("a", "b")),
-    "rename to 3": ("got 3, expected a str", lambda m, b, p: m.rename("a", 3)),
+    "rename to 3": ("got 3 as a name, expected a str", lambda m, b, p: m.rename("a", 3)),
     "attach twice": ("detach\\(\\) it", lambda m, b, p: MoSE(m.model)),
     "load on what is attached": ("detach\\(\\) it", lambda m, b, p: (
         m.save(p / "m"), MoSE.load(m.model, p / "m"))),
@@ -435,7 +444,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "no linear layer": (r"no linear layer has the name \['norm'\]", lambda m, b, p: MoSE(
         tiny(), MoSEConfig(targets=("norm",)))),
     "no targets": ("targets: got none", lambda m, b, p: MoSEConfig(targets=())),
-    "a number as target": ("got 3, expected a str", lambda m, b, p: MoSEConfig(targets=(3,))),
+    "a number as target": ("got 3 as a name, expected a str", lambda m, b, p: MoSEConfig(targets=(3,))),
     "density 0": ("density: got 0", lambda m, b, p: MoSEConfig(density=0)),
     "density 1.5": ("density: got 1.5", lambda m, b, p: MoSEConfig(density=1.5)),
     "scale infinite": ("scale: got inf", lambda m, b, p: MoSEConfig(scale=float("inf"))),

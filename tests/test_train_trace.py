@@ -19,10 +19,9 @@ from tqdm import tqdm
 import train_trace
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
 from tracebench.methods import METHODS, lessons, tasks_to_test
-from tracebench.options import PRESETS
-from tracebench.runs import Record, claim
+from tracebench.options import PRESETS, ROOT, Args
+from tracebench.runs import Record, claim, start_anew
 from tracebench.scores import TASKS, floor
-from tracebench.options import Args
 
 QUIET = tqdm(disable=True)
 SHORT = {"tasks": "FOMC,NumGLUE-cm", "max_train": 48, "max_test": 8, "epochs": "2"}
@@ -476,7 +475,7 @@ def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
     monkeypatch.setattr("tracebench.ask.SURE", 0.0)
     prompt = ["--ask", "runs/default/mose.pt", rows[0]["prompt"]]
     capsys.readouterr()
-    train_trace.main(train_trace.parse([*options, *prompt]))
+    train_trace.main(train_trace.parse(["--device", "cpu", *prompt]))  # the model is in the notes
     (ids, answer), = asked
     assert ids == read_by_training and answer == positions - len(ids)
     assert answer == task.longest_answer() == task.max_new
@@ -613,12 +612,48 @@ def test_a_wrong_option_is_named(base, options, message):
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
     ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
     ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "0"], ["--lr", "nan"],
-    ["--test", "never"], ["--top_k", "5"], ["--experts", "0"],
+    ["--test", "never"], ["--top_k", "5"], ["--experts", "0"], ["--lora_scale", "0"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         train_trace.parse(argv)
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault, message, has_traceback", [
+    (lambda args: claim(Path("train_trace.py")), "File exists", False),  # an OSError
+    (lambda args: train_trace.load_tasks(Args(tasks="x"), None, None), "--metric: got", False),
+    (lambda args: json.loads("{"), "Expecting property name", True),  # of another library
+    (lambda args: torch.zeros(2**60), None, None),  # control: no error of the user
+])
+def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train_trace, "parse", lambda: None)
+    monkeypatch.setattr(train_trace, "main", fault)
+    with pytest.raises(RuntimeError if message is None else SystemExit) as stop:
+        train_trace.from_the_command_line()
+    if message:
+        assert message in str(stop.value)
+        assert ("Traceback" in capsys.readouterr().err) == has_traceback
+
+
+def test_out_of_memory_says_how_to_go_on(monkeypatch):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_trace, "parse", lambda: None)
+    monkeypatch.setattr(train_trace, "main", full)
+    with pytest.raises(SystemExit, match="CUDA out of memory\n.*--resume runs/NAME --tokens N"):
+        train_trace.from_the_command_line()
+
+
+def test_one_of_several_processes_does_not_take_all_gpus(monkeypatch, capsys):
+    argv = ["--device_map", "auto"]
+    train_trace.parse(argv)  # control
+    monkeypatch.setattr("tracebench.processes.WORLD", 2)
+    with pytest.raises(SystemExit):
+        train_trace.parse(argv)
+    assert "--device_map spreads a base over the GPUs of one process" in capsys.readouterr().err
 
 
 def test_every_option_has_its_default_and_a_help(capsys):
@@ -660,6 +695,25 @@ def test_files_that_no_run_has_made_are_never_overwritten(tmp_path, force):
         with pytest.raises(ValueError, match="or --force to overwrite it"):
             claim(tmp_path, force=force)
     assert (tmp_path / "config.json").exists()
+
+
+def test_a_folder_is_of_a_run_until_all_its_files_are_removed(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("mose.json", "args.json", "mose.pt", "lora.pt")]
+    for file in files:
+        file.write_text(json.dumps({"options": {}}))
+    removed, unlink = [], Path.unlink
+
+    def killed(file):
+        unlink(file)
+        removed.append(file.name)
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start_anew(tmp_path, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["args.json"]
+    claim(tmp_path).close()
 
 
 def test_force_removes_nothing_before_all_options_are_checked(run, tmp_path, monkeypatch):

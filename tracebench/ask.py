@@ -1,13 +1,14 @@
 """One prompt, answered with a finished adapter: `python train_trace.py --ask FILE PROMPT`."""
 
-import math
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from mose import FORMAT, MoSE
-from tracebench.data import cut, encode, to_text
+from tracebench.data import cut, encode, positions_of, to_text
 from tracebench.model import load_model
+from tracebench.options import Args
 from tracebench.runs import notes_of
 
 ANSWER = 128  # tokens of an answer at most, where no run says how long its answers are
@@ -24,11 +25,13 @@ def ask(args):
         raise ValueError(f"--ask: {file} begins with {begin!r}, and a file of MoSEs of this version "
                          f"with {FORMAT!r}: expected mose.pt or mose_fixed.pt of a run (the other "
                          "methods can't infer the task of a prompt)")
+    its_model = notes.get("options", {}).get("model", args.model)
+    if args.model == Args.model:  # so no other was asked for
+        args = dataclasses.replace(args, model=its_model)
     model, tokenizer = load_model(args)
     try:
         adapter = MoSE.load(model, file)
     except ValueError as error:
-        its_model = notes.get("options", {}).get("model", args.model)
         hint = f". Its run had --model {its_model}" if its_model != args.model else ""
         raise ValueError(f"{error}{hint}") from error
     whole, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
@@ -38,7 +41,7 @@ def ask(args):
         print("far from every task that was learned, so the bare base answers")
         name = None
     adapter.set_task(name)
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    positions = positions_of(model)
     # The run noted how many tokens of a prompt the task was trained and tested with. A file that
     # was moved away from these notes takes --max_prompt.
     its_limit = notes.get("limits", {}).get(name, args.max_prompt)

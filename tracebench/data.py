@@ -90,8 +90,11 @@ def sample(rows, count, seed):
 
 
 def encode(tokenizer, row):
-    """(ids of the prompt with BOS, ids of the answer with EOS), each tokenised on its own: joined,
-    "Stance:" and "C" may merge into tokens that the prompt alone does not end with."""
+    """(ids of the prompt with BOS, ids of the answer with EOS).
+
+    Each is tokenised on its own: joined, "Stance:" and "C" may merge into tokens that the prompt
+    alone does not end with. The BOS is there even if the tokenizer itself would add none.
+    """
     prompt, answer = (tokenizer(row[key], add_special_tokens=False)["input_ids"]
                       for key in ("prompt", "answer"))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -120,8 +123,9 @@ class Task:
     metric: str
     epochs: int
     train: list  # examples (ids, labels): labels are -100 on the prompt
-    train_prompt_ids: list  # ids of all training prompts. They are not cut, since a key is made of
-    #                         them, and the beginning of a prompt says most about its task
+    # The ids of all training prompts are not cut: a key is made of them, and the beginning of a
+    # prompt says most about its task.
+    train_prompt_ids: list
     test_prompt_ids: list  # ids of the test prompts, not cut either
     golds: list  # texts of the right answers to test_prompt_ids, as the tokenizer can write them
     limit: int  # tokens of a prompt that the model reads, its last ones
@@ -148,7 +152,8 @@ class Task:
 
 def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prompt=1024,
               positions=math.inf, max_train=0, max_test=0):
-    """One task. positions: what the model can read. Raises ValueError for what can't be learned."""
+    """One task. positions: how many tokens the model can read, with what it writes. Raises
+    ValueError for what can't be learned."""
     files = {part: fetch(base, name, part) for part in ("train", split)}
     train = rows_of(*files["train"]).to_list()
     test = sample(rows_of(*files[split]).to_list(), max_test, f"{name}, --max_test")
@@ -179,19 +184,20 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
         name=name, metric=metric, epochs=epochs, train=examples,
         train_prompt_ids=[prompt for prompt, _ in encoded],
         test_prompt_ids=[prompt for prompt, _ in encoded_test],
-        golds=writable_golds(tokenizer, name, test), limit=limit, max_new=max_new,
+        golds=writable_golds(tokenizer, name, test, [answer for _, answer in encoded_test]),
+        limit=limit, max_new=max_new,
         train_texts=train, test_texts=test,
         digests={part: hashlib.sha256(content).hexdigest()
                  for part, (_, content) in files.items()})
 
 
-def writable_golds(tokenizer, name, test):
-    """The right answers as they come back from the tokenizer.
+def writable_golds(tokenizer, name, test, answers):
+    """The right answers as they come back from the tokenizer. answers: their ids.
 
     Some tokenizers normalise text (NFC, say). A model that says exactly the right tokens can't
     score 100 against a text that no tokens give.
     """
-    golds = [to_text(tokenizer, encode(tokenizer, row)[1]) for row in test]
+    golds = [to_text(tokenizer, ids) for ids in answers]
     changed = sum(gold != row["answer"] for gold, row in zip(golds, test))
     if changed:
         print(f"warning: {name}: {changed} of {len(test)} right answers come back from the "
@@ -226,6 +232,12 @@ def epochs_of(text, names):
     return epochs
 
 
+def positions_of(model):
+    """How many tokens a model can read and write together; infinite if it does not say."""
+    # (A model of text and images has these numbers in a part of its config.)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+
+
 def load_tasks(args, tokenizer, model):
     """All tasks of a run. Raises ValueError for what is wrong with the data or its options."""
     names, metrics = listed(args.tasks), metrics_of(args.metric)
@@ -240,7 +252,7 @@ def load_tasks(args, tokenizer, model):
                          f"that is not TRACE's. TRACE's tasks are {', '.join(TASKS)}")
     if len({*names}) < len(names):
         raise ValueError(f"--tasks {args.tasks}: expected each once")
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    positions = positions_of(model)
     tasks = []
     for name, epochs in zip(names, epochs_of(args.epochs, names)):
         task = load_task(

@@ -46,8 +46,7 @@ def rate(method, args, model):
     """The learning rate of a method."""
     if method not in OURS:
         return args.lora_lr
-    width = model.get_input_embeddings().weight.shape[1]
-    return args.lr or RATE_TIMES_WIDTH / width
+    return args.lr or RATE_TIMES_WIDTH / model.config.get_text_config().hidden_size
 
 
 def lessons(method, args, tasks):

@@ -7,9 +7,11 @@ from tracebench import processes
 from tracebench.data import cut, pad, passes, to_text
 
 # A pass without gradients takes less memory for each token than a training pass, so it may have
-# this many times --tokens. The tokens of a cache take even less, and larger passes decode faster.
+# this many times --tokens. Decoding has the logits of one token of each row only, and larger passes
+# decode faster. (With --checkpointing, a training pass takes less memory too. If decoding then runs
+# out of memory, lower --tokens.)
 TOKENS_FACTOR_WITHOUT_GRADIENTS = 4
-TOKENS_FACTOR_IN_CACHE = 8
+TOKENS_FACTOR_OF_DECODING = 8
 
 # The examples of a pass that a process makes only because others need its shard of the base:
 # padding, and no label.
@@ -22,7 +24,8 @@ def choose_device(args):
     device = best.type if args.device == "auto" else args.device
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
-    fast = device == "cuda" and torch.cuda.is_bf16_supported()
+    # (A GPU older than Ampere only emulates bf16, which is slower than fp32.)
+    fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if fast else torch.float32
 
 
@@ -69,7 +72,8 @@ def answer_logits(model, tokenizer, examples):
         return inputs[0][:, :-1][wanted.to(inputs[0].device)]
 
     with head.register_forward_pre_hook(only_wanted):
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                       use_cache=False).logits  # nothing is decoded, so no key or value is kept
     return logits.float(), labels[wanted], wanted.nonzero()[:, 0]
 
 
@@ -80,7 +84,7 @@ def generate(model, tokenizer, task, numbers, args):
     prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in numbers}
 
     def in_passes(some):
-        limit = TOKENS_FACTOR_IN_CACHE * args.tokens
+        limit = TOKENS_FACTOR_OF_DECODING * args.tokens
         return passes(some, limit, lambda i: len(prompts[i]) + task.max_new)
 
     texts = {}

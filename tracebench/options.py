@@ -51,7 +51,8 @@ class Args:
     lora_lr: float = option(5e-3, "learning rate of all other methods")
     schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
     batch: int = option(16, "examples of one step")
-    tokens: int = option(1536, "tokens of one training pass at most, with padding")
+    tokens: int = option(1536, "tokens of one training pass at most, with padding: a larger batch "
+                         "takes several passes, whose gradients add up")
     max_prompt: int = option(1024, "of a longer prompt, only so many tokens are read, the last ones")
     max_train: int = option(0, "train on a random sample of so many examples a task (0: all); "
                             "keys see all prompts")
@@ -66,18 +67,24 @@ class Args:
     router_std: float = option(MoSEConfig.router_std, "spread of new routers")
     density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
     scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
-    lora_rank: int = option(8, "rank of a LoRA and, in all, of moe_lora")
+    lora_rank: int = option(8, "rank of a LoRA; the experts of moe_lora share it")
     lora_scale: float = option(4.0, "scale of a LoRA and of moe_lora, alpha / rank")
     replay: float = option(0.05, "share of each earlier task's examples, mixed into a task")
-    resume: str = option("", "go on with an interrupted run: its folder, and no other option")
+    resume: str = option("", "go on with an interrupted run: its folder, and no other option but "
+                         "--tokens and --checkpointing")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "dtype of the base", ("auto", "bfloat16", "float16", "float32"))
+    dtype: str = option("auto", "dtype of the base; auto: bfloat16 on a GPU that has it, else "
+                        "float32", ("auto", "bfloat16", "float32"))
     device_map: str = option("", "auto spreads a large base over several GPUs (needs accelerate)")
     shard: bool = option(False, "each process keeps its part of the base only (torchrun, FSDP2)")
     checkpointing: bool = option(False, "recompute activations in backward, to save memory")
     ask: list[str] = dataclasses.field(default_factory=list, metadata={
         "metavar": ("FILE", "PROMPT"), "help": "only answer a prompt, with an adapter of mose"})
 
+
+# These decide how much memory a run takes, and not what it computes (up to rounding). So a run that
+# ran out of memory may go on with others.
+OF_MEMORY = ("tokens", "checkpointing")
 
 LOWEST = {"batch": 1, "tokens": 1, "max_prompt": 2, "max_train": 0, "max_test": 0,
           "experts": 1, "rank": 1, "top_k": 1, "lora_rank": 1}
@@ -92,7 +99,10 @@ def parse(argv=None):
     args = Args(**vars(parser.parse_args(argv)))
     try:
         if args.resume:
-            return interrupted(args)
+            parser.set_defaults(**{name: None for name in OF_MEMORY})
+            given = vars(parser.parse_args(argv))
+            return interrupted(args, {name: given[name] for name in OF_MEMORY
+                                      if given[name] is not None})
         check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -122,11 +132,16 @@ def check(args):
         raise ValueError(f"--lora_lr: got {args.lora_lr}, expected a rate above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu")
+    if not 0 < args.lora_scale < math.inf:
+        raise ValueError(f"--lora_scale: got {args.lora_scale}, expected a scale above 0")
     if not 0 <= args.replay <= 1:
         raise ValueError(f"--replay: got {args.replay}, expected a share of 0 .. 1")
     if args.shard and args.device_map:
         raise ValueError("--shard and --device_map: expected one of them, since --shard spreads each "
                          "layer over all processes, and --device_map whole layers over one's GPUs")
+    if args.device_map and processes.WORLD > 1:
+        raise ValueError("--device_map spreads a base over the GPUs of one process, and torchrun has "
+                         "started several: start one, or take --shard")
     if args.shard and args.ask:
         raise ValueError("--shard: --ask answers in one process, so leave --shard out")
     if args.shard and processes.WORLD == 1:
@@ -136,11 +151,13 @@ def check(args):
         raise ValueError(f"--ask: got {len(args.ask)} values, expected FILE and \"PROMPT\"")
 
 
-def interrupted(args):
-    """The Args that the run of --resume began with. Raises ValueError if it can't go on."""
+def interrupted(args, changed):
+    """The Args that the run of --resume began with, but for those that are `changed`, a dict.
+    Raises ValueError if it can't go on."""
     file = Path(args.resume) / "args.json"
-    if args != Args(resume=args.resume):
-        raise ValueError("--resume goes alone: the run goes on with the options that it began with")
+    if args != Args(**{"resume": args.resume} | changed):
+        raise ValueError("--resume: the run goes on with the options that it began with. Only "
+                         "--tokens and --checkpointing may be others")
     if not file.exists():
         raise ValueError(
             f"--resume: there is no {file}, so no run to go on with (each of several seeds is a "
@@ -148,6 +165,6 @@ def interrupted(args):
     began = notes_of(file.parent).get("options", {})
     if began.keys() != vars(args).keys():
         raise ValueError(f"--resume: {file} is not of this version of train_trace.py: start again")
-    began = Args(**began | {"resume": args.resume})
+    began = Args(**began | {"resume": args.resume} | changed)
     check(began)
     return began

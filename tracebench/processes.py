@@ -25,8 +25,8 @@ def start(device):
 
 def shards():
     """Options of from_pretrained(), by which each process loads its own part of each weight only. A
-    single process needs none. From here on, SHARDED says what is the case. Raises ValueError for an
-    old transformers."""
+    single process needs none. Sets SHARDED if there are several. Raises ValueError for an old
+    transformers."""
     global SHARDED
     if WORLD == 1:
         return {}
@@ -41,8 +41,8 @@ def shards():
 
 
 def own_passes(rows, split, idle):
-    """The passes that split() makes of this process's share of some rows. With a sharded base they
-    are as many as those of any other process: where it has fewer, `idle` makes up for them."""
+    """The passes that split() makes of this process's share of some rows. With a sharded base, every
+    process gets the same number of passes: where it has fewer of its own, `idle` ones fill up."""
     if not SHARDED:
         return split(rows[RANK::WORLD])
     plans = [[*split(rows[rank::WORLD])] for rank in range(WORLD)]

@@ -61,9 +61,10 @@ def files_of(folder):
 
 
 def claim(folder, go_on=False, force=False):
-    """Make a run's folder, and return the lock on it, which has to be kept. Nothing goes yet.
+    """Make a run's folder, and return the lock on it, which has to be kept. It deletes nothing.
 
-    go_on: with what the run of that folder has done so far. Raises ValueError if it is not free.
+    go_on: the run of that folder will go on, so its files may be there. Raises ValueError if the
+    folder is not free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -88,7 +89,8 @@ def claim(folder, go_on=False, force=False):
 
 def start_anew(folder, options):
     """Remove what an earlier run left in a folder, and note the options of this one."""
-    for file in files_of(folder):
+    # args.json goes last: as long as it is there, the other files are known to be of a run.
+    for file in sorted(files_of(folder), key=lambda file: file.name == "args.json"):
         file.unlink()
     write_json(folder / "args.json", {"options": options})
 
@@ -178,7 +180,7 @@ class Record:
                  "epochs")
         self.result = {key: [] for key in lists} | {
             "parameters": 0, "tokens": 0, "seconds_training": 0.0, "seconds_testing": 0.0}
-        if self.state.exists():  # `claim` has removed it, unless this run goes on
+        if self.state.exists():  # `start_anew` has removed it, unless this run goes on
             self.result = json.loads(self.state.read_text())
 
     def done(self):
@@ -209,8 +211,9 @@ class Record:
 
         num_trained: how many numbers were trained. report: what end_task() returned.
 
-        What is tested and goes on is always what is on the disk. So a run that was interrupted and
-        one that was not end with the same, and every score is one of the file.
+        What is tested and goes on is always what is on the disk. So every score is one of the file,
+        and an interrupted run ends as if it had not been interrupted. (On a GPU it ends with other
+        rounding, since the same sums may be added in another order there.)
         """
         result = self.result
         file = self.folder / f"{self.method}-{self.done() + 1}.pt"
@@ -280,9 +283,9 @@ def facts_of_run(record, model, tasks):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process on a CPU. There it counts from the start of
-    the process, so it is the peak of all methods so far."""
+    """Bytes: of the memory of all GPUs that this process uses, or of this process on a CPU. There it
+    counts from the start of the process, so it is the peak of all methods so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
