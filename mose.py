@@ -1,6 +1,7 @@
 """Mixtures of SubExperts (MoSEs): a language model learns task after task and forgets none.
 
-An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch.
+An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch,
+2.13 or newer.
 
 The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
 Expert e is a pair of matrices A_e (D, R) and B_e (R, O). All weights of the layer's experts form
@@ -19,8 +20,8 @@ task in force reads, and all others count as 0. (The task in force is the one th
 applies. The part of an expert that a task reads is a SubExpert: hence the name of the method.) A
 task reads the entries that it owns. It also reads all entries of A that earlier tasks own: these
 values are there already and cost nothing. A task may instead start from a finished task, its
-source. Besides its own entries, it then reads what its source reads. The router does not see all D
-numbers of a token: `projection`, which is random and fixed, leaves P of them.
+source. Besides its own entries, it then reads what its source reads. The router does not see the D
+numbers of a token: `projection`, which is random and fixed, makes P numbers of them.
 
 Since only free entries can be selected, nothing that a finished task reads can change: forgetting
 is ruled out by construction.
@@ -37,8 +38,8 @@ is ruled out by construction.
     mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC") if the task is known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
-a router reads of a token, N = E * R * (D + O) entries of a pool. (Outside of shapes, A and B are
-the two matrices of the experts.)
+`projection` makes of a token, N = E * R * (D + O) entries of a pool. (Outside of shapes, A and B
+are the two matrices of the experts.)
 
 CHOICE marks what we chose because we did not have the paper's method section.
 DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds.
@@ -285,7 +286,7 @@ class SubExperts(nn.Module):
         They need an A that is not 0, of the task itself or of earlier ones.
         """
         new_A, new_B = self.num_new
-        return new_B > 0 and (new_A > 0 or bool(self.inherited.any()))
+        return new_B > 0 and (new_A > 0 or bool(self.inherited[:self.size_A].any()))
 
     @torch.no_grad()
     def learned(self):
@@ -767,11 +768,11 @@ class MoSE:
     def save(self, path):
         """Write the finished tasks to one file, which is replaced whole or not at all.
 
-        The keys are rounded to bf16, in the file and in this object too. So if there are several
-        processes, call it in each of them: otherwise their keys would differ.
+        The covariance of the keys is rounded to bf16, in the file and in this object too. So if
+        there are several processes, call it in each of them: otherwise theirs would differ.
         """
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
-        # This object keeps the rounded keys, so it finds the same tasks as one that loads the file.
+        # This object keeps the rounded one, so it finds the same tasks as one that loads the file.
         self.keys.restore(*self.keys.state())
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
@@ -888,14 +889,14 @@ class TaskKeys:
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (key_dim, key_dim), the sum over all calls of `merge` of S / sqrt(variance), where S is
-            the scatter matrix of the task's prompts: the sum of (x - mean) (x - mean)^T. (`merge`
-            says why it is divided so.) It stays when a task is forgotten, since it tells how
-            prompts differ in general.
+            what the call adds to the task's scatter matrix, the sum of (x - mean) (x - mean)^T over
+            its prompts. (`merge` says why it is divided so.) It stays when a task is forgotten,
+            since it tells how prompts differ in general.
     count   number of the prompts in `pooled`
     """
 
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
-    # one prompt without the chat template must not hide the template.
+    # one prompt in twenty without the chat template must not hide it.
     COMMON = 0.95
     # `merge` adds this share of |mean|^2 to the scatter of a new task, spread evenly over all
     # dimensions, as if there were one more prompt. So a task of equal prompts has a variance too.
@@ -957,8 +958,8 @@ class TaskKeys:
         table = self.table()
         bags = [self.tokens_and_weights(ids) for ids in prompts]
         vectors = [self.embed(table, tokens, weights) for tokens, weights in bags]
-        # A task of such prompts alone would have a variance of 0 or nan. Through `pooled`, this
-        # would spoil the keys of all tasks.
+        # A task of prompts without such a mean would have a variance of 0 or nan. Through `pooled`,
+        # this would spoil the keys of all tasks.
         expect(all(x.isfinite().all() and x.any() for x in vectors),
                "the mean embedding of a prompt is 0 or not finite. If it is nothing but padding, "
                "pass its attention_mask, or leave it out")
@@ -1044,8 +1045,9 @@ class TaskKeys:
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
-        # CHOICE: "none of the tasks" is one more class, around the mean of the best task and WIDER.
-        # Without it, a prompt far from every task would belong to the nearest for sure.
+        # CHOICE: "none of the tasks" is one more class, a Gaussian at the mean of the best task, and
+        # WIDER times as wide. Without it, a prompt far from every task would belong to the nearest
+        # for sure.
         # These are the log odds of none against the best task. They are 0 when the squared distance
         # of a prompt from the mean is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own ones.
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))

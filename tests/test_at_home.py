@@ -194,6 +194,21 @@ def test_a_layer_that_gets_no_entry_of_a_is_not_warned_of(guard, monkeypatch):
             mose.end_task()
 
 
+@pytest.mark.parametrize("of_b_alone", [True, False], ids=["guarded", "control"])
+@pytest.mark.filterwarnings("error")
+def test_entries_of_b_that_a_source_left_are_no_input_from_which_to_learn(of_b_alone):
+    mose = attach()
+    mose.begin_task("a"), mose.observe(data("a"))
+    mose.layers[0].num_new[0] = 0 if of_b_alone else 1
+    mose.model(data("a"), labels=data("a")).loss.backward()
+    torch.optim.AdamW(mose.trainable_parameters(), lr=0.01).step()
+    mose.end_task()
+    mose.begin_task("b", source="a")
+    mose.layers[0].num_new[0] = 0
+    assert mose.layers[0].inherited.any()
+    assert mose.layers[0].can_learn() == (not of_b_alone)
+
+
 @pytest.mark.parametrize("in_force", [True, False])
 def test_a_task_that_was_trained_while_another_was_in_force_is_warned_of(in_force, recwarn):
     mose = learn(attach(), "a")
