@@ -73,6 +73,7 @@ def measure(folder, models):
     # The adapters of peft ran as if they were LoRAs (CHANGES of the frontier).
     name = folder.name.split()[0]
     kind = getattr(peft_tasks, name) if name in PEFT else KINDS[args.methods]
+    peft_tasks.SEED = int(args.seeds)
     adapter = kind.load(model, file)
     before = score(adapter, model, tokenizer, tasks, args)
     if before != result["op"]:
@@ -89,6 +90,14 @@ def measure(folder, models):
     adapter.detach()
     return {"op": before, "op_bf16": after, "bytes": result["bytes"][-1], "bytes_bf16": size,
             "tasks": len(tasks), "base": Path(args.model).name, "device": result["device"]}
+
+
+def is_measured(folder):
+    """Whether results/bf16.json has what this run gave, and not an earlier run of the same name."""
+    found = stored().get(folder.name)
+    method = json.loads((folder / "args.json").read_text())["options"]["methods"]
+    run = json.loads((folder / f"{method}.json").read_text())
+    return found is not None and (found["op"], found["bytes"]) == (run["op"], run["bytes"][-1])
 
 
 def report(results):
@@ -129,7 +138,7 @@ def main():
         folders = sorted(r.parent for r in results if r.parent.name.startswith(names))
     models = {}
     for folder in map(Path, folders):
-        if folder.name not in stored():
+        if not is_measured(folder):
             result = measure(folder, models)
             # (Read again, since another process may have added something.)
             RESULTS.write_text(json.dumps(stored() | {folder.name: result}) + "\n")

@@ -9,6 +9,8 @@ import warnings
 
 from tracebench.baselines import LoRAPerTask
 
+SEED = 0  # of the fixed parts: that of the run
+
 
 class PeftPerTask(LoRAPerTask):
     """An adapter of peft for each task. tasks: {name: its trained values}."""
@@ -48,11 +50,12 @@ class SHiRA(PeftPerTask):
     """Entries of the weights at random places: as many as a LoRA of this rank has."""
 
     def peft_config(self, peft, targets, rank):
-        return peft.ShiraConfig(r=rank, target_modules=[*targets], random_seed=0)
+        return peft.ShiraConfig(r=rank, target_modules=[*targets], random_seed=SEED)
 
 
 class VeRA(PeftPerTask):
     """Fixed random matrices of this rank, the same for all layers, and two trained vectors."""
 
     def peft_config(self, peft, targets, rank):
-        return peft.VeraConfig(r=rank, target_modules=[*targets], save_projection=False)
+        return peft.VeraConfig(r=rank, target_modules=[*targets], save_projection=False,
+                               projection_prng_key=SEED)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.shard_memory       # CPU, gloo; writes results/shard-memory.md
 
-The base is a random Llama of 110 million numbers in fp32. Each process loads its shards, observes
+The base is a random Llama of 117 million numbers in fp32. Each process loads its shards, observes
 prompts, makes two steps, ends the task, and saves. Memory is what torch allocates, as its profiler
 counts it; that of a process as a whole also holds files and what the C library keeps.
 """

@@ -189,7 +189,8 @@ def stream(seed, method, count):
                 train_prompt_ids=[prompt for prompt, _ in train],
                 train=[(p + a, [-100] * len(p) + a) for p, a in train],
                 test_prompt_ids=[prompt for prompt, _ in test],
-                golds=writable_golds(base[1], called, texts[1]), max_new=max(len(a) for _, a in train)))
+                golds=writable_golds(base[1], called, texts[1], [answer for _, answer in test]),
+                max_new=max(len(answer) for _, answer in train)))
     tasks = [tasks[i * count + v] for v in range(count) for i in range(len(TASKS))]
     notes, files = [], []
     with tempfile.TemporaryDirectory() as folder:

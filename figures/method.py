@@ -1,6 +1,6 @@
 """The figure that explains the method, from a run's own adapter and results.
 
-    python -m figures.method runs/trace-mini-0        # writes results/method.png
+    python -m figures.method runs/default             # writes results/method.png
 
 Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that owns
 it, and the gates of each token of one prompt in the last layer, from 0 to 1. Bottom: what each

@@ -191,7 +191,7 @@ def draw_growth(results, file):
             if method == "mose":
                 axes[1].plot(x, [used[0] * t for t in x], color="#999999", linestyle=":",
                              label="as much for every task")
-        axes[2].plot(x, [b / 1e3 for b in runs[0]["bytes"]], **look)
+        axes[2].plot(x, [statistics.mean(b) / 1e3 for b in zip(*(r["bytes"] for r in runs))], **look)
     axes[0].set(ylabel="average score on seen tasks, 0-100", ylim=(0, 100))
     axes[1].set(ylabel="used share of the pool, %", ylim=(0, None))
     axes[2].set(ylabel="saved adapters, kB (fp32)", ylim=(0, None))
