@@ -29,7 +29,8 @@ is ruled out by construction.
     mose = MoSE(model)
     mose.begin_task("FOMC")
     mose.observe(prompt_ids)                            # makes the key that recognises the task
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=2.5 / model.config.hidden_size)
+    rate = 0.22 / model.config.hidden_size ** 0.5
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate)
     for ids, labels in batches:
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
@@ -232,8 +233,9 @@ class SubExperts(nn.Module):
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate: at
-        # a rate of 2.5 / hidden_size, a step is about the whole spread if hidden_size is 600.
+        # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate. At
+        # the rate of the example above, a step is five times the spread if hidden_size is 128, and
+        # about the whole spread if it is 3000.
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They

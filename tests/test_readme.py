@@ -8,16 +8,18 @@ import statistics
 import textwrap
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import mose
 import train_trace
 from benchmarks import bf16, frontier, smollm2, task_id, transfer
 from figures import page as run_page
 from figures import report
-from tracebench.methods import METHODS
+from tracebench.methods import METHODS, RATE_TIMES_ROOT_OF_WIDTH, rate
 from tracebench.options import Args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,3 +228,15 @@ def test_every_link_to_a_file_resolves():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), (page, target)
+
+
+def test_every_example_has_the_default_rate():
+    pages = ["README.md", "mose.py", "docs/works-with.md"]
+    found = [number for page in pages for number in re.findall(
+        r"([\d.]+) / model\.config\.hidden_size ?\*\* ?0\.5", (ROOT / page).read_text("utf-8"))]
+    assert len(found) >= 5 and {*map(float, found)} == {RATE_TIMES_ROOT_OF_WIDTH}
+    small, large = (SimpleNamespace(config=LlamaConfig(hidden_size=width)) for width in (64, 1024))
+    rates = [rate("mose", Args(), model) for model in (small, large)]
+    assert rates == [pytest.approx(float(found[0]) / 8), pytest.approx(float(found[0]) / 32)]
+    assert rate("mose", Args(lr=0.5), small) == 0.5  # control
+    assert rate("lora", Args(), small) == rate("lora", Args(), large) == Args.lora_lr

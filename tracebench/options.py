@@ -47,7 +47,7 @@ class Args:
                         "the runs NAME-0 to NAME-2")
     epochs: str = option("4", "epochs of each task: a number, a list (5,3,..), trace for TRACE's "
                          "own, or short for less than half of these")
-    lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 2.5 / width of the base)")
+    lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 0.22 / root of the base's width)")
     lora_lr: float = option(5e-3, "learning rate of all other methods")
     schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
     batch: int = option(16, "examples of one step")
