@@ -1,7 +1,7 @@
 """What it costs to keep the values of finished adapters in bf16: bytes against score.
 
     python -m benchmarks.bf16                          # runs/frontier: tiny-llm (needs peft)
-    python -m benchmarks.bf16 "runs/long mose 0" ..    # some folders of train_trace.py's runs
+    python -m benchmarks.bf16 "runs/long mose 1e-2 0"  # some folders of train_trace.py's runs
     python -m benchmarks.bf16 report                   # results/bf16.md of results/bf16.json
 
 Each finished adapter is tested as it is, which must give the score of its run, exactly. Then the

@@ -9,11 +9,11 @@ Each job is a run of train_trace.py, two at a time with one thread each. Called 
 where it was stopped. Everything is synthetic (trace-mini): eight tasks in a row, 100 steps each,
 tested at the end.
 
-MoSEs' rate, spread of scores and density come from searches with an earlier version, on tiny-llm
-alone, whose results were not kept. (They were to give one rate for tiny-llm and SmolLM2, and were
-stopped on SmolLM2 after one run. The spread of 0.004 lies between the two that were tried.) Since
-then, scale and rate were searched again, by the code below: four scales, and half and twice the
-default rate (`eval`, seeds 0 and 1).
+MoSEs' rate here (0.0195), spread of scores and density come from searches with an earlier version,
+on tiny-llm alone, whose results were not kept. (They were to give one rate for tiny-llm and SmolLM2,
+and were stopped on SmolLM2 after one run. The spread of 0.004 lies between the two that were tried.)
+Since then, scale and rate were searched again, by the code below: four scales, and the rates 1e-2 and
+4e-2 beside it (`eval`, seeds 0 and 1). Today's default rate also rests on benchmarks/smollm2.py.
 
 Rule of the search for the LoRAs on tiny-llm, written before it ran: for each rank, first the best of
 three rates (LORA_RATES) at scale 4; with this rate, then the best of the scales 2, 4, 8 and 16
