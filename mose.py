@@ -454,7 +454,7 @@ class MoSE:
         answers. It is called under the bare base and under each finished task. With several
         processes, only what it returns in the first one counts. guess: the error of the best
         constant answer, say 1 - the share of the largest class. Returns (None, 1.0) if no finished
-        task is worth it. Raises ValueError if probe() returns a negative or infinite number.
+        task is worth it. Raises ValueError if probe() returns a number below 0 or not finite.
         """
         if not self.tasks:
             return None, 1.0
@@ -1047,9 +1047,9 @@ class TaskKeys:
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
-        # CHOICE: "none of the tasks" is one more class, a Gaussian at the mean of the best task, and
-        # WIDER times as wide. Without it, a prompt far from every task would belong to the nearest
-        # for sure.
+        # CHOICE: "none of the tasks" is one more class, a Gaussian at the mean of the best task,
+        # and WIDER times as wide. Without it, a prompt far from every task would belong to the
+        # nearest for sure.
         # These are the log odds of none against the best task. They are 0 when the squared distance
         # of a prompt from the mean is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own ones.
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
