@@ -6,7 +6,8 @@
 One process for each system, and they are measured in turns (A B B A ..), so that what else the
 machine does meets all of them alike. Each figure is a median over all turns after warm-up, and each
 ratio is the median of the ratios of the turns. There are several launches, since two processes with
-the same code may differ by some percent. The base is a Llama of random weights: right for speed and memory, and no more.
+the same code may differ by some percent. The base is a Llama of random weights: right for speed and
+memory, and no more.
 Generation is greedy, with a KV cache. "Best possible" is the ratio of an adapter that costs
 nothing: of the bare base. "Own cost" is what the adapter adds to the bare base, over what theirs
 adds: medians over the turns of ours - base and of theirs - base.
@@ -254,8 +255,7 @@ def rows(result, device):
     def row(what, ours, theirs, target, bare=None, unit="ms", speed=False):
         best, own, ratios = "", "", [b / a if speed else a / b for a, b in zip(ours, theirs)]
         if bare:
-            best = median([b / c if speed else c / b for b, c in zip(theirs, bare)])
-            best = f"{best:.3f}"
+            best = f"{median([b / c if speed else c / b for b, c in zip(theirs, bare)]):.3f}"
             ours_adds, theirs_adds = (median([x - c for x, c in zip(v, bare)])
                                       for v in (ours, theirs))
             own = f"{ours_adds / theirs_adds:.2f}"

@@ -4,8 +4,8 @@
     python -m benchmarks.reliability           # writes results/reliability.md; ten minutes on a CPU
 
 kills      a short run of train_trace.py is killed (SIGKILL) at random moments, about every other
-           time while a file is being written, and resumed each time: every file must be whole after each
-           kill, and the final adapters and scores those of a run that was left alone
+           time while a file is being written, and resumed each time: every file must be whole after
+           each kill, and the final adapters and scores those of a run that was left alone
 damage     a checkpoint cut at each 1 % of its length, and with single bits flipped
 sequences  random legal orders of begin, train, end, set, forget, save and load: after every step
            all learned tasks give the same logits, bit for bit
