@@ -88,6 +88,8 @@ class MoSEConfig:
 
     def __post_init__(self):
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        expect(isinstance(targets, (list, tuple, set)),
+               f"targets: got {targets!r}, expected names of linear layers")
         object.__setattr__(self, "targets", tuple(plain_str(name) for name in targets))
         expect(self.targets, "targets: got none, expected the name of a linear layer")
         for name in ("num_experts", "rank", "top_k", "router_dim", "key_dim"):
@@ -363,7 +365,7 @@ class SubExperts(nn.Module):
 
     def add_delta(self, linear, args, out):
         """Forward hook of the linear layer: equation (2). It adds the experts' part to `out`."""
-        x = args[0]  # (B, T, D)
+        x = args[0]  # (B, T, D). (An IndexError: the model calls layer(input=x), not layer(x).)
         if self.learning:
             return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
         if self.num_rows is not None:
@@ -451,10 +453,12 @@ class MoSE:
         """Which finished task a new one should start from: (source, need) for `begin_task`.
 
         probe(): the error on the new task with the task that is in force, say the share of wrong
-        answers. It is called under the bare base and under each finished task. With several
-        processes, only what it returns in the first one counts. guess: the error of the best
-        constant answer, say 1 - the share of the largest class. Returns (None, 1.0) if no finished
-        task is worth it. Raises ValueError if probe() returns a number below 0 or not finite.
+        answers. It is called under the bare base and under each finished task.
+        guess: the error of the best constant answer, say 1 - the share of the largest class.
+
+        With several processes, only the numbers of the first one count. Returns (None, 1.0) if no
+        finished task is worth it. Raises ValueError if probe() returns a number below 0 or not
+        finite.
         """
         if not self.tasks:
             return None, 1.0
@@ -464,7 +468,7 @@ class MoSE:
                 errors[source] = same_on_all_ranks(float(probe()))
             expect(0 <= errors[source] < math.inf,
                    f"probe() gave {errors[source]} under {source!r}, expected a number >= 0")
-        without = min(errors.pop(None), guess)
+        without = min(errors.pop(None), same_on_all_ranks(float(guess)))
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
         # below the error of the base and of a constant answer. The share of the error that is left
@@ -900,13 +904,16 @@ class TaskKeys:
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
     # one prompt in twenty without the chat template must not hide it.
     COMMON = 0.95
-    # `merge` adds this share of |mean|^2 to the scatter of a new task, spread evenly over all
+    # `merge` adds this share of the mean |x|^2 to the scatter of a new task, spread evenly over all
     # dimensions, as if there were one more prompt. So a task of equal prompts has a variance too.
     IMAGINARY = 0.01
     # The pooled covariance is shrunk towards a multiple of the identity, which counts as much as
     # SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
     # prompts differ.
     SHRINKAGE = 0.25
+    # Each task must have at least this share of text that not all tasks have. If one has less, its
+    # own text is too little to compare, and no token counts as shared.
+    LEAST_OWN = 0.02
     # "None of the tasks" has the mean of the most likely task, and this many times its standard
     # deviation.
     WIDER = 3.0
@@ -993,7 +1000,8 @@ class TaskKeys:
                       for token, (held, total) in more_of.items()}
         else:
             count = more
-            scatter += self.IMAGINARY * mean.square().mean() * torch.eye(len(mean), **CPU_FP32)
+            mean_square = sums["square"].diagonal().mean() / more  # of a number of x
+            scatter += self.IMAGINARY * mean_square * torch.eye(len(mean), **CPU_FP32)
             squares = scatter.diagonal().mean().item()
         variance = squares / (count + 1)
         common = {token: total / count for token, (held, total) in tokens.items()
@@ -1020,30 +1028,25 @@ class TaskKeys:
             is_empty.append(not keep.any())
         own = torch.stack(own)  # (B, key_dim)
 
+        tasks = [self.own_text(name, table, shared) for name in self.tasks]
+        typical_deviation = sum(deviation for _, deviation in tasks) / len(tasks)
+
         dim = len(self.pooled)
-        pooled = self.pooled / self.count
-        # What was divided by sqrt(variance) has the size of a standard deviation, no longer of a
-        # variance.
-        typical_deviation = pooled.diagonal().mean()
-        shrinkage = self.SHRINKAGE * dim / self.count
-        pooled = pooled + shrinkage * typical_deviation * torch.eye(dim, **CPU_FP32)
-        shape = pooled / pooled.diagonal().mean()  # of variance 1, as a mean over the dimensions
+        identity = torch.eye(dim, **CPU_FP32)
+        pooled = self.pooled / self.pooled.diagonal().mean()
+        shape = pooled + self.SHRINKAGE * dim / self.count * identity
+        shape = shape / shape.diagonal().mean()  # of variance 1, as a mean over the dimensions
         root = torch.linalg.cholesky(shape)
         logits, ratios = [], []
-        for _, mean, variance, common in self.tasks.values():
-            # Here the shared text gets the weight that it has in the task's own prompts. So it is
-            # the same in x and in the mean, and their difference does not depend on it.
-            weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
-            x = self.embed(table, shared, weights) + (1 - weights.sum()) * own  # (B, key_dim)
-            z = torch.linalg.solve_triangular(root, (x - mean.double()).T, upper=False)
+        for mean, deviation in tasks:
+            z = torch.linalg.solve_triangular(root, (own - mean).T, upper=False)
             distance = z.square().mean(0)  # (B,), squared, a mean over the dimensions
-            # This is sqrt(variance * typical_deviation**2), halfway between the task's own variance
-            # and the typical one. With its own alone, a prompt slightly off the mean of a narrow
-            # task would go to a wide one.
-            between = math.sqrt(variance) * typical_deviation
+            # A variance halfway between the task's own and the typical one. With its own alone, a
+            # prompt slightly off the mean of a narrow task would go to a wide one.
+            between = deviation * typical_deviation
             # The log of a Gaussian, up to a constant that all tasks share.
-            logits.append(-dim / 2 * (distance / between + between.log()))
-            ratios.append(distance / variance)  # about 1 for the task's own prompts
+            logits.append(-dim / 2 * (distance / between + math.log(between)))
+            ratios.append(distance / deviation**2)  # about 1 for the task's own prompts
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
@@ -1059,10 +1062,26 @@ class TaskKeys:
         names = [*self.tasks]
         return [names[i] for i in best[:, 0].tolist()], confidence.tolist()
 
+    def own_text(self, name, table, shared):
+        """(mean, standard deviation) of a task's prompts without the tokens that all tasks share.
+
+        A prompt x is a sum: the shared tokens with the weights that they have in this task, and the
+        rest, which is the mean of the task's own tokens times what is left of the weights.
+        """
+        _, mean, variance, common = self.tasks[name]
+        weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
+        left = 1 - weights.sum().item()
+        own = (mean.double() - self.embed(table, shared, weights)) / left
+        return own, math.sqrt(variance) / left
+
     def shared_tokens(self):
         """Tokens that are common to every task, such as a chat template's. They tell nothing."""
-        lists = [{*common} for _, _, _, common in self.tasks.values()]
-        shared = set.intersection(*lists) if len(lists) > 1 else set()
+        commons = [common for _, _, _, common in self.tasks.values()]
+        shared = set.intersection(*map(set, commons)) if len(commons) > 1 else set()
+        for common in commons:
+            own = 1 - sum(common[token] for token in shared)
+            if own < self.LEAST_OWN:
+                shared = set()
         return torch.tensor(sorted(shared), dtype=torch.long, device="cpu")
 
     # ---- what is kept

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from mose import MoSE, MoSEConfig, SubExperts, TaskKeys
+from mose import MoSE, MoSEConfig, SubExperts, TaskKeys, fixed_signs
 from test_mose import (  # noqa: F401
     attach, checkpoint, data, guard, learn, refuses, snapshot, step, tiny)
 
@@ -419,6 +419,22 @@ def test_one_later_prompt_without_the_shared_text_does_not_make_a_key_lose_it():
     assert mose.keys.shared_tokens().tolist() == []
 
 
+def test_prompts_whose_mean_is_nothing_still_make_a_key_that_can_be_saved():
+    mose = attach()
+    table = mose.model.get_input_embeddings().weight.data
+    table[1] = -table[0]
+    mose.begin_task("a")
+    mose.observe(torch.tensor([[0], [1]]))
+    mose.end_task()
+    assert not mose.keys.tasks["a"][1].any()  # control: the mean is 0
+    torch.linalg.cholesky(mose.keys.pooled)  # `save` does this
+    assert mose.infer_task(torch.tensor([[0], [1]])) == ["a", "a"]
+
+
+def test_signs_are_those_that_saved_files_rely_on():
+    assert fixed_signs(2, 4).tolist() == [[1, -1, -1, 1], [-1, -1, 1, 1]]
+
+
 def test_ids_of_another_tokenizer_are_refused():
     mose = learn(attach(), "a")
     for use in (lambda ids: mose.observe(ids, task="a"), mose.infer_task):
@@ -553,6 +569,27 @@ def test_all_ranks_draw_what_the_first_draws(guard, monkeypatch):
         ranks[-1].begin_task("a")
     weights = [torch.cat([layer.weight for layer in mose.layers]) for mose in ranks]
     assert torch.equal(*weights) == guard
+
+
+def test_all_ranks_choose_the_source_that_the_first_one_chooses(guard, monkeypatch):
+    """As above. Each rank has computed the best constant answer from its own share of the data."""
+    sent, chosen = [], []
+    for guess in (0.8, 0.25):
+        mose, errors, is_first = learn(attach(), "a"), iter((0.9, 0.2)), not chosen
+        numbers = iter([*sent])
+
+        def broadcast(box):
+            if is_first:
+                sent.append(box[0])
+            else:
+                box[0] = next(numbers)
+
+        if guard:  # off: no process group
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+        chosen.append(mose.best_source(lambda: next(errors), guess))
+        monkeypatch.undo()
+    assert chosen[0] == ("a", 0.25) and (chosen[1] == chosen[0]) == guard
 
 
 def test_threads_share_a_model(guard, monkeypatch):

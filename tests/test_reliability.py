@@ -181,7 +181,7 @@ def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
 
 
 def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch, guard):
-    """Off: what failed is not repeated, but taken for done."""
+    """Off: each layer is finished at once, before the next one has selected its entries."""
     mose, whole = ready("a"), ready("a")
     for each in (mose, whole):
         torch.manual_seed(0)
@@ -190,24 +190,23 @@ def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch
 
     def no_memory(layer):
         calls.append(layer)
-        return learned(layer) if len(calls) != 2 else 1 / 0
+        new, router = learned(layer) if len(calls) != 2 else 1 / 0
+        if not guard:
+            layer.owner.masked_fill_(new, 2)
+        return new, router
 
     monkeypatch.setattr(SubExperts, "learned", no_memory)
     before = [layer.owner.clone() for layer in mose.layers]
     with pytest.raises(ZeroDivisionError):
         mose.end_task()
     assert mose.open == "b" and [*mose.tasks] == ["a"]
-    assert all(torch.equal(layer.owner, old) for layer, old in zip(mose.layers, before))
-    assert not any("b" in layer.routers for layer in mose.layers)
-    if guard:
-        mose.end_task()
-    else:
-        mose.tasks["b"], mose.open = mose.lineage, None
-    whole.end_task()
-    if not guard:  # the layers have no router of "b"
-        with pytest.raises(KeyError):
-            mose.save(tmp_path / "m")
+    unchanged = [torch.equal(layer.owner, old) for layer, old in zip(mose.layers, before)]
+    assert all(unchanged) == guard
+    if not guard:
         return
+    assert not any("b" in layer.routers for layer in mose.layers)
+    mose.end_task()
+    whole.end_task()
     mose.save(tmp_path / "m")
     again = MoSE.load(tiny(), tmp_path / "m")
     assert torch.equal(logits(again, "b"), logits(whole, "b"))
@@ -407,53 +406,25 @@ def load(content, tmp_path):
 
 MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, tmp_path))
     "task name None": ("got None as a name, expected a str", lambda m, b, p: m.begin_task(None)),
-    "task name 3": ("got 3 as a name, expected a str", lambda m, b, p: m.begin_task(3)),
-    "a known name": ("'a' is finished: expected a new", lambda m, b, p: m.begin_task("a")),
-    "a source that is none": ("source: got 'z'", lambda m, b, p: m.begin_task("c", "z")),
     "the source as a probe": ("source: got <", lambda m, b, p: m.begin_task("c", len)),
-    "need 1.5": ("need: got 1.5", lambda m, b, p: m.begin_task("c", "a", 1.5)),
     "a probe that gives NaN": (r"probe\(\) gave nan", lambda m, b, p: (
         m.best_source(lambda: float("nan")))),
-    "two open": ("'c' is open: end_task", lambda m, b, p: [m.begin_task(n) for n in "cd"]),
-    "end, none open": ("call begin_task", lambda m, b, p: m.end_task()),
-    "parameters, none open": ("call begin_task", lambda m, b, p: m.trainable_parameters()),
-    "observe, none open": ("call begin_task", lambda m, b, p: m.observe(IDS)),
     "save while open": ("call end_task", lambda m, b, p: (m.begin_task("c"), m.save(p / "m"))),
-    "observe for an unknown": ("unknown task 'z'", lambda m, b, p: m.observe(IDS, task="z")),
-    "set an unknown task": (r"unknown tasks \['z'\]", lambda m, b, p: m.set_task("z")),
     "set a number": (r"unknown tasks \[3\]", lambda m, b, p: m.set_task(3)),
     "set a tuple": (r"unknown tasks \[\('a', 'b'\)\]", lambda m, b, p: m.set_task(("a", "b"))),
-    "set an empty list": ("got an empty list of tasks", lambda m, b, p: m.set_task([])),
-    "a list with an unknown": (r"unknown tasks \['z'\]", lambda m, b, p: m.set_task(["a", "z"])),
     "a list with the open task": (r"unknown tasks \['c'\]", lambda m, b, p: (
         m.begin_task("c"), m.set_task(["a", "c"]))),
-    "too few tasks": ("a list of 2 tasks.*as many rows", lambda m, b, p: (
-        m.set_task(["a", "b"]), m.model(IDS))),
     "too many tasks": ("a list of 6 tasks.*as many rows", lambda m, b, p: (
         m.set_task(["a", "b"] * 3), m.model(IDS))),
-    "forget an unknown": ("can't forget 'z'", lambda m, b, p: m.forget("z")),
-    "rename an unknown": ("can't rename 'z'", lambda m, b, p: m.rename("z", "c")),
-    "rename to a known": ("a task 'b' already", lambda m, b, p: m.rename("a", "b")),
     "rename to 3": ("got 3 as a name, expected a str", lambda m, b, p: m.rename("a", 3)),
-    "attach twice": ("detach\\(\\) it", lambda m, b, p: MoSE(m.model)),
     "load on what is attached": ("detach\\(\\) it", lambda m, b, p: (
         m.save(p / "m"), MoSE.load(m.model, p / "m"))),
-    "a base on meta": ("offloaded", lambda m, b, p: MoSE(tiny().to("meta"))),
     "no such layer": (r"no linear layer has the name \['nope'\]; there are", lambda m, b, p: MoSE(
         tiny(), MoSEConfig(targets=("q_proj", "nope")))),
     "no linear layer": (r"no linear layer has the name \['norm'\]", lambda m, b, p: MoSE(
         tiny(), MoSEConfig(targets=("norm",)))),
-    "no targets": ("targets: got none", lambda m, b, p: MoSEConfig(targets=())),
-    "a number as target": ("got 3 as a name, expected a str", lambda m, b, p: MoSEConfig(targets=(3,))),
-    "density 0": ("density: got 0", lambda m, b, p: MoSEConfig(density=0)),
-    "density 1.5": ("density: got 1.5", lambda m, b, p: MoSEConfig(density=1.5)),
-    "scale infinite": ("scale: got inf", lambda m, b, p: MoSEConfig(scale=float("inf"))),
-    "density NaN": ("density: got nan", lambda m, b, p: MoSEConfig(density=float("nan"))),
     "top_k above experts": ("top_k: got 5", lambda m, b, p: MoSEConfig(top_k=5)),
-    "rank 1.5": ("rank: got 1.5", lambda m, b, p: MoSEConfig(rank=1.5)),
-    "rank as text": ("rank: got '8'", lambda m, b, p: MoSEConfig(rank="8")),
     "infinite weight": ("weights that are not finite: forget", lambda m, b, p: infinite(m)),
-    "infer before observe": ("no task has a key", lambda m, b, p: MoSE(tiny()).infer_task(IDS)),
     "an empty checkpoint": ("its format is b''", lambda m, b, p: load(b"", p)),
     "text as checkpoint": ("its format is b'hellohe'", lambda m, b, p: load(b"hello" * 99, p)),
     "a checkpoint of before": ("expected b'MoSE 3.n'.*learn its tasks again", lambda m, b, p: load(
