@@ -1,4 +1,4 @@
-"""What it costs to keep the values of finished adapters in bf16: bytes against score.
+"""What finished adapters cost in bf16, and without the keys of MoSEs: bytes against score.
 
     python -m benchmarks.bf16                          # runs/frontier: tiny-llm (needs peft)
     python -m benchmarks.bf16 "runs/long mose 1e-2 0"  # some folders of train_trace.py's runs
@@ -10,6 +10,9 @@ and B of a LoRA for each task, or what an adapter of peft trains. The adapter is
 tested again. MoSEs' masks and keys stay as they are. The rounding comes after all training. So a
 task of MoSEs that reads entries of earlier tasks was trained on their fp32 values, and is tested on
 those in bf16.
+
+The files are also written without MoSEs' keys. Keys find the task of a prompt, and no score here
+depends on them, since the task of each prompt is given. The other adapters have none.
 
 Results are added to results/bf16.json.
 """
@@ -23,7 +26,7 @@ from pathlib import Path
 from benchmarks import peft_tasks
 from benchmarks.frontier import PEFT, groups
 from figures.report import spread, standard_error
-from mose import MoSE
+from mose import MoSE, TaskKeys
 from tracebench.data import load_tasks
 from tracebench.methods import KINDS
 from tracebench.model import load_model
@@ -50,6 +53,20 @@ def round_to_bf16(adapter):
     for layer in adapter.layers:
         layer.frozen.copy_(layer.frozen.bfloat16())
         layer.routers = {name: router.bfloat16().float() for name, router in layer.routers.items()}
+
+
+def save(adapter, file):
+    """Save an adapter. Returns the bytes of its file, and those of a file without MoSEs' keys."""
+    adapter.save(file)
+    size = file.stat().st_size
+    if not isinstance(adapter, MoSE):
+        return size, size
+    keys = adapter.keys
+    adapter.keys = TaskKeys(adapter.model.get_input_embeddings(), adapter.config.key_dim)
+    without = file.with_suffix(".without")
+    adapter.save(without)
+    adapter.keys = keys
+    return size, without.stat().st_size
 
 
 def score(adapter, model, tokenizer, tasks, args):
@@ -79,16 +96,17 @@ def measure(folder, models):
     if before != result["op"]:
         raise ValueError(f"{folder}: got an OP of {before} from its file, and its run had "
                          f"{result['op']}: this is another base, or other data")
-    round_to_bf16(adapter)
     with tempfile.TemporaryDirectory() as temporary:
-        rounded = Path(temporary) / file.name
-        adapter.save(rounded)
+        _, without_keys = save(adapter, Path(temporary) / "fp32.pt")
+        round_to_bf16(adapter)
+        rounded = Path(temporary) / "bf16.pt"
+        size, size_without_keys = save(adapter, rounded)
         adapter.detach()
-        size = len(rounded.read_bytes())
         adapter = kind.load(model, rounded)
     after = score(adapter, model, tokenizer, tasks, args)
     adapter.detach()
     return {"op": before, "op_bf16": after, "bytes": result["bytes"][-1], "bytes_bf16": size,
+            "bytes_without_keys": without_keys, "bytes_bf16_without_keys": size_without_keys,
             "tasks": len(tasks), "base": Path(args.model).name, "device": result["device"]}
 
 
@@ -108,18 +126,22 @@ def report(results):
              "[frontier](frontier.md) and [smollm2](smollm2.md), whose numbers are rounded to bf16 "
              "after training ([how](../benchmarks/bf16.py)), and tested again on the `test` split of "
              f"trace-mini (synthetic). Runs on: {'; '.join(devices)}. Difference: paired over the "
-             "seeds, with its standard error.\n",
-             "| run | base | seeds | OP, fp32 | OP, bf16 | difference | bytes a task, fp32 | bf16 |",
-             "|---|---|---|---|---|---|---|---|"]
+             "seeds, with its standard error. The bytes are those of a task. The keys of MoSEs find "
+             "the task of a prompt, and here it is given, as LoRAs need it. So the same files were "
+             "also written without keys.\n",
+             "| run | base | seeds | OP, fp32 | OP, bf16 | difference | bytes, fp32 | without keys | "
+             "bytes, bf16 | without keys |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for name, runs in sorted(groups(results).items()):
         some = [*runs.values()]
         gaps = [r["op_bf16"] - r["op"] for r in some]
         error = f" ± {standard_error(gaps):.2f}" if len(gaps) > 1 else ""
-        sizes = [mean([r[key] / r["tasks"] for r in some]) for key in ("bytes", "bytes_bf16")]
+        sizes = [mean([r[key] / r["tasks"] for r in some]) for key in (
+            "bytes", "bytes_without_keys", "bytes_bf16", "bytes_bf16_without_keys")]
         lines.append(
             f"| {name} | {some[0]['base']} | {len(some)} | {spread([r['op'] for r in some])} | "
             f"{spread([r['op_bf16'] for r in some])} | {mean(gaps):+.2f}{error} | "
-            f"{sizes[0]:,.0f} | {sizes[1]:,.0f} |")
+            f"{' | '.join(f'{size:,.0f}' for size in sizes)} |")
     return "\n".join(lines) + "\n"
 
 
