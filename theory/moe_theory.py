@@ -38,6 +38,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import PowerNorm
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -48,7 +49,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 @dataclass
 class Params:
     experts: int = 5             # M, >= 1
-    tasks: int = 6               # N, clusters..dim (the signals v_n are orthogonal)
+    tasks: int = 6               # N, clusters..dim (the signals v_n are orthogonal, or aligned)
     clusters: int = 3            # K, >= 1; the tasks of a cluster are close to each other
     rounds: int = 2000           # T, >= 2
     dim: int = 10                # d
@@ -57,6 +58,7 @@ class Params:
     spread: float = 0.3          # >= 0, distance of a task from its cluster's centre (itself at ~1)
     sample_std: float = 0.05     # > 0, std of the columns that carry no signal
     beta: float = 2.0            # >= 0, signal: beta_t ~ Uniform[beta / 2, beta]; 0: no such column
+    aligned: bool = False        # do the signals show the tasks, v_n = w_n / |w_n|?
     lr: float = 0.5              # eta > 0, step of the gate
     balance: float = 0.5         # alpha >= 0
     noise: float = 0.01          # lambda >= 0
@@ -74,7 +76,8 @@ class Params:
                 ("samples", 1, self.dim - 1, "with s >= d one round fixes its task: raise dim"),
                 ("tasks", self.clusters, self.dim, "each cluster has a task, each task an axis"),
                 ("sample_std lr", 1e-9, np.inf, "use a positive number"),
-                ("spread beta balance noise gap gate_std stop_at", 0, np.inf, "0 switches it off")):
+                ("spread beta balance noise gap gate_std", 0, np.inf, "0 switches it off"),
+                ("stop_at", 0, np.inf, "with 0 the gate never learns")):
             for field in fields.split():
                 got = getattr(self, field)
                 if got is not None and not low <= got <= high:
@@ -93,6 +96,8 @@ def draw_pool(p, rng):
     w = (centre + p.spread * rng.standard_normal(centre.shape)) / p.dim**0.5          # (S, N, d)
     # CHOICE: orthogonal signals without relation to w, so that only learning can join a cluster.
     v = np.linalg.qr(rng.standard_normal((p.seeds, p.dim, p.dim)))[0][:, :p.tasks]    # (S, N, d)
+    if p.aligned:  # tasks of one cluster have similar signals, so any gate can join them
+        v = w / np.linalg.norm(w, axis=-1, keepdims=True)
     return SimpleNamespace(w=w, v=v, cluster=cluster)
 
 
@@ -228,7 +233,8 @@ MANY, SOME, ENDS = (1, 2, 3, 5, 10, 20, 40), (5, 10, 20), (5, 20)               
 STOPS, HORIZONS = (3, 10, 30, 100, 300, 1000), (2, 4, 8, 15, 30, 60)                 # stop_at, T
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3)                                                 # lambda
 SWEEP = [dict(noise=x) for x in NOISES] + [dict(noise=x, gap=x) for x in NOISES] + [
-    dict(lr=0.1), dict(lr=1.0), dict(sample_std=0.02), dict(sample_std=0.1)]
+    dict(lr=0.1), dict(lr=1.0), dict(sample_std=0.02), dict(sample_std=0.1), dict(aligned=True)]
+SIZES = (0.01, 0.03, 0.1)                                    # gate_std of smaller random gates
 
 
 def specialization(cluster, tasks, choices):
@@ -270,8 +276,10 @@ def plan():
     """Name -> parameters of every mixture run."""
     runs = [*product(MANY, ["stopped"], [{}]), *product(SOME, KINDS, [{}]),
             *product(SOME, ["stopped"], [dict(stop_at=stop) for stop in STOPS]),
-            *product(ENDS, ["stopped"], SWEEP), *product(ENDS, ["random"], SWEEP[-2:])]
-    return {name(*run): Params(experts=run[0], **KINDS[run[1]], **run[2]) for run in runs}
+            *product(ENDS, ["stopped"], SWEEP), *product(ENDS, ["random"], SWEEP[-3:]),
+            *product(ENDS, ["never"], SWEEP[-1:]),
+            *product(ENDS, ["random"], [dict(gate_std=size) for size in SIZES])]
+    return {name(*run): Params(experts=run[0], **KINDS[run[1]] | run[2]) for run in runs}
 
 
 def compare_closed_form(beta, samples):
@@ -326,7 +334,8 @@ def draw(result):
                  "random, never trained": (M, "random"), "one expert": (1, "stopped")}
         lines = {label: runs[name(*kind)]["curves"][key] for label, kind in kinds.items()}
         panel(ax, runs[name(M, "stopped")]["curves"]["t"], lines, 5, xscale="log", title=f"M={M}",
-              ylim=(-0.1, 2.0), xlabel="round t", ylabel=f"{MEASURES[key]} (squared distance)")
+              ylim=(-0.1, 2.0), xlabel="round t",
+              ylabel=f"{MEASURES[key]} (squared distance)" if M == SOME[0] else "")
     save(fig, "forgetting", "What the gate does, and how much is forgotten: mean and 95 % band")
 
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
@@ -334,17 +343,21 @@ def draw(result):
         "stopped", 1, "stopped, last 500 rounds"), ("never", 1, "never stopped, last 500 rounds")))
     for ax, (M, (kind, part, label)) in zip(axes.flat, views):
         table = np.array(runs[name(M, kind)]["routing"][part])                            # (N, M)
-        grey = ax.imshow(table / table.sum(1)[:, None], "Greys", aspect="auto", vmin=0, vmax=1)
+        grey = ax.imshow(table / table.sum(1)[:, None], "Greys", aspect="auto",
+                         norm=PowerNorm(0.5, 0, 1))  # a root, so that shares of 1/M are visible
         ax.set(title=f"M={M}: {label}", xlabel="expert", ylabel="task", xticks=range(M))
     fig.colorbar(grey, ax=axes, label="share of the task's rounds")
     save(fig, "specialization", f"Who takes which task (n and n + {p['clusters']}: one cluster)",
          f"s={p['samples']}; the first of n={p['seeds']} seeds, seed {p['seed']}")
 
+    low, middle, high = np.transpose([
+        np.percentile(runs[name(M, "stopped")]["per_seed"]["stop"], (25, 50, 75)) for M in MANY])
+    stops_by_the_rule = middle, (middle - low, high - middle)
     fig, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     panel(axes[0], many, {
-        "stopped by the rule": bands("stop", [name(M, "stopped") for M in MANY]),
-        "T1 = M / eta": ([M / p["lr"] for M in MANY], 0)}, yscale="log", xlabel="experts M",
-        ylabel=f"round of the stop ({p['rounds'] + 1}: not in this run)")
+        "stopped by the rule (bars: quartiles)": stops_by_the_rule,
+        "T1 = M / eta": ([M / p["lr"] for M in MANY], 0)}, yscale="log", ylim=(1, 1e4), xlabel="experts M",
+        ylabel=f"median round of the stop ({p['rounds'] + 1}: not in this run)")
     panel(axes[1], stops, {f"M={M}": bands("A", [
         name(M, "stopped", dict(stop_at=stop)) for stop in STOPS]) for M in SOME}, ylim=(0, 1.6),
         xlabel="stopped by hand after round", ylabel="arrival error A (squared distance)")
@@ -352,16 +365,17 @@ def draw(result):
         name(M, "stopped", change) for change in SWEEP[i:i + len(NOISES)]])
         for M, (i, gap) in product(ENDS, ((0, p["gap"]), (len(NOISES), "lambda")))}, ylim=(0, 1.2),
         xlabel="gate noise lambda", ylabel="forgetting F_T (squared distance)")
-    save(fig, "more_experts", "More experts, more rounds, and the gate noise: mean and 95 % band")
+    save(fig, "more_experts",
+         "More experts, more rounds, and the gate noise: mean and 95 % band (left: median)")
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     for ax, key, beta in zip(axes, "FGF", (0.0, 0.0, 2.0)):
-        for samples, marker in ((2, "o"), (8, "s")):
+        for samples, marker, colour in ((2, "o", "#0072B2"), (8, "s", "#D55E00")):
             mean, half, exact, short, _ = np.transpose(result["closed"][f"{beta} {samples}"][key])
-            ax.errorbar(T, mean, half, c="k", fmt=marker, label=f"simulated, s={samples}")
-            ax.plot(T, exact, "k-", T, short, "k:", lw=1, marker="")
+            ax.errorbar(T, mean, half, c=colour, fmt=marker, label=f"simulated, s={samples}")
+            ax.plot(T, exact, "-", T, short, ":", c=colour, lw=1, marker="")
         ax.set(xlabel="rounds T", ylabel=f"{MEASURES[key]} (squared distance)",
-               title="with the signal column: no closed form" if beta else "isotropic columns")
+               title="with the signal column (forms: without)" if beta else "isotropic columns")
         ax.legend(title="solid: exact (isotropic)\ndotted: shortened", fontsize=8)
     save(fig, "closed_form", "One expert: simulation (mean and 95 % band) and closed form",
          "n=2000 seeds a point, seed T")
