@@ -289,7 +289,8 @@ def from_the_command_line():
         sys.exit(f"train_trace.py: error: {error}\nGo on with fewer tokens in a pass, half as many "
                  "say: --resume runs/NAME --tokens N (and --checkpointing, if one row is too long)")
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+        file = traceback.extract_tb(error.__traceback__)[-1].filename
+        raised_in = Path(file).resolve().parent  # (ROOT is resolved too)
         if isinstance(error, ValueError) and raised_in not in (ROOT, ROOT / "tracebench"):
             traceback.print_exc()  # the message of another library may not say where it went wrong
         sys.exit(f"train_trace.py: error: {error}")

@@ -32,12 +32,15 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results/method.png")
     args = parser.parse_args()
     results = {m: json.loads((args.run / f"{m}.json").read_text()) for m in ("lora", "mose")}
-    options = Args(**results["mose"]["args"])
+    options = Args(**results["mose"]["args"] | {"device": "cpu", "device_map": ""})
     model, tokenizer = load_model(options)
     mose, tasks = MoSE.load(model, args.run / "mose.pt"), results["mose"]["tasks"]
     plt.rcParams["font.size"] = 11
     figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
     (pool, router), matrices = axes
+    if len(tasks) > len(COLOURS):
+        parser.error(f"{args.run}: got {len(tasks)} tasks, expected at most {len(COLOURS)}, since "
+                     "each needs a colour that can be told apart")
     colours = matplotlib.colors.ListedColormap(COLOURS[:len(tasks)])
     colours.set_under("white")
     first = mose.layers[0]
@@ -46,14 +49,14 @@ def main():
                         interpolation="nearest")
     width = mose.config.rank
     for e in range(1, mose.config.num_experts):
-        pool.axvline(e * width - 0.5, color="black", linewidth=0.6)
+        pool.axvline(e * width - 0.5, color="grey", linewidth=0.8)  # (black is a task)
     pool.set_xticks([e * width + width / 2 for e in range(mose.config.num_experts)],
                     [f"expert {e}" for e in range(mose.config.num_experts)])
     pool.set(title="which task owns which entry of A (q_proj, first layer)", ylabel="input dimension")
     bar = figure.colorbar(image, ax=pool, ticks=range(1, len(tasks) + 1))
     bar.ax.set_yticklabels(tasks, fontsize=9)
     bar.ax.invert_yaxis()  # in the order of learning, as the matrices below
-    task = "FOMC"
+    task = tasks[min(1, len(tasks) - 1)]
     prompt = read(options.data, task, "test")[0]["prompt"]
     ids, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
     tokens, gates = gates_of_prompt(mose, tokenizer, task, ids)
@@ -70,8 +73,7 @@ def main():
                    for t, row in enumerate(result["R"])]
         report.draw_matrix(axis, learned, tasks, title, size=9)
         axis.set_xlabel("tested task")
-    figure.suptitle(f"tiny-llm on trace-mini (synthetic), seed {options.seeds}, n = "
-                    f"{result['examples'][task][1]} test examples a task", fontsize=11)
+    figure.suptitle(report.title_of({"mose": [results["mose"]]}), fontsize=11)
     figure.savefig(args.out, dpi=100)
 
 

@@ -20,6 +20,7 @@ from figures.gates import gates_of_prompt, layer_names, owners
 from tracebench.data import cut, encode, metrics_of
 from tracebench.model import load_model
 from tracebench.options import Args
+from tracebench.runs import notes_of
 from tracebench.scores import SCORES
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
@@ -87,14 +88,17 @@ def pools(mose, room):
             "top_k": mose.config.top_k}
 
 
-def route(mose, tokenizer, args, asked):
+def route(mose, tokenizer, args, asked, limits):
     """For the first prompt of each task: its tokens, the task that its key finds, and the gates
-    [layer][token][expert] under its own task, in percent."""
+    [layer][token][expert] under its own task, in percent.
+
+    limits: {task: how many tokens of a prompt the run has read}.
+    """
     routed = []
     for task, _, prompt, _ in (row for row in asked if row[1] == 0):
         ids, _ = encode(tokenizer, {"prompt": prompt, "answer": ""})
         (found,), (sure,) = mose.infer_task(torch.tensor([ids]), return_confidence=True)
-        ids = cut(ids, args.max_prompt, tokenizer.bos_token_id)
+        ids = cut(ids, limits.get(task, args.max_prompt), tokenizer.bos_token_id)
         tokens, gates = gates_of_prompt(mose, tokenizer, task, ids)
         routed.append({"task": task, "found": found, "sure": sure, "tokens": tokens,
                        "gates": [(100 * layer).round().int().tolist() for layer in gates]})
@@ -150,7 +154,8 @@ def write_page(folder):
         raise ValueError(f"{folder}: no result files (*.json); run train_trace.py first")
     try:
         mose, tokenizer, args = open_adapter(folder, results)
-        routed = route(mose, tokenizer, args, questions(results))
+        limits = notes_of(folder).get("limits", {})
+        routed = route(mose, tokenizer, args, questions(results), limits)
     except ValueError as error:
         why = str(error)
     for halvings in range(10):

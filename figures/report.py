@@ -30,10 +30,13 @@ STYLES = {"floor": ("#bbbbbb", ":", "x"), "base": ("#777777", ":", "+"),
           "joint": ("#009e73", "--", "*"), "task_lora": ("#0072b2", "--", "s"),
           "moe_lora": ("#cc79a7", "-.", "^"), "mose": ("#000000", "-", "o"),
           "mose_fixed": ("#d55e00", "-", "D")}
+# Options in which runs of one mean may differ: the seed, and what does not change a result.
+FREE = {"seeds", "name", "methods", "tokens", "checkpointing", "device", "device_map", "shard", "force"}
 
 
 def load(places):
-    """{method: [result of each place]}. Raises ValueError if one has none."""
+    """{method: [result of each place]}. Raises ValueError if one has none, or if runs of a method
+    differ in more than the seed."""
     results = {}
     for place in map(Path, places):
         files = [place / f"{method}.json" for method in STYLES]
@@ -48,7 +51,20 @@ def load(places):
             result["tokens_a_second"] = result["tokens"] / max(result["seconds_training"], 1e-9)
             result["adapter_bytes"] = result["bytes"][-1] if result["bytes"] else 0
             results.setdefault(result["method"], []).append(result)
+    for method, runs in results.items():
+        expect_same_options(method, [run["args"] for run in runs])
     return {method: results[method] for method in STYLES if method in results}
+
+
+def expect_same_options(method, options):
+    """Raise ValueError if runs of one method have other differences than those between seeds."""
+    for name in sorted(options[0].keys() - FREE):
+        values = {str(args.get(name)) for args in options}
+        if name in ("model", "data"):  # a folder may have been moved
+            values = {Path(value).name for value in values}
+        if len(values) > 1:
+            raise ValueError(f"{method}: the runs have --{name} {' and '.join(sorted(values))}: "
+                             "expected runs that differ in the seed alone, since a mean is over seeds")
 
 
 def spread(values, digits=1):
@@ -126,7 +142,8 @@ def title_of(results):
         return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
 
     data = Path(args["data"]).name.replace("trace-mini", "trace-mini (synthetic)")
-    return (f"{Path(args['model']).name} on {data}, mean of seed {seeds}, "
+    over = "seed" if len(runs) == 1 else "mean of seeds"
+    return (f"{Path(args['model']).name} on {data}, {over} {seeds}, "
             f"{span(sizes)} training and {span(tests)} test examples a task")
 
 

@@ -1,5 +1,6 @@
 """The continual loop: honest examples, one loop for all methods, clear errors, complete results."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -17,8 +18,9 @@ import transformers
 from tqdm import tqdm
 
 import train_trace
+from figures import report
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
-from tracebench.methods import METHODS, lessons, tasks_to_test
+from tracebench.methods import METHODS, attach, lessons, tasks_to_test
 from tracebench.options import PRESETS, ROOT, Args
 from tracebench.runs import Record, claim, start_anew
 from tracebench.scores import TASKS, floor
@@ -418,8 +420,51 @@ def test_several_seeds_are_several_runs_and_one_table(tmp_path, monkeypatch):
     short = {**SHORT, "tasks": "FOMC", "epochs": "1"}
     train_trace.main(Args(methods="lora", name="n", seeds="3,4", device="cpu", **short))
     assert (tmp_path / "runs/n-4/lora.json").exists()
-    assert "±" in (tmp_path / "runs/n-3/table.md").read_text() and "seed 3,4" in (
-        tmp_path / "runs/n-3/table.md").read_text()
+    table = (tmp_path / "runs/n-3/table.md").read_text()
+    assert "±" in table and "mean of seeds 3,4" in table
+    results = report.load(["runs/n-3"])
+    assert "seed 3, " in report.title_of(results) and "mean" not in report.title_of(results)
+    # A mean is over seeds alone.
+    other = json.loads(Path("runs/n-4/lora.json").read_text())
+    other["args"] |= {"tokens": 9, "model": "/elsewhere/tiny-llm"}  # these do not matter
+    for changes, works in (({}, True), ({"lora_lr": 1.0}, False), ({"model": "other"}, False)):
+        other["args"] |= changes
+        Path("runs/n-4/lora.json").write_text(json.dumps(other))
+        says = "lora: the runs have --(lora_lr|model) .* the seed alone"
+        with contextlib.nullcontext() if works else pytest.raises(ValueError, match=says):
+            report.load(["runs/n-3", "runs/n-4"])
+
+
+def test_the_adapter_before_the_last_one_is_removed_and_a_kill_costs_one_task(
+        tmp_path, base, monkeypatch):
+    args = Args(methods="task_lora", device="cpu", **{**SHORT, "tasks": "FOMC,NumGLUE-cm,ScienceQA"})
+    tasks = train_trace.load_tasks(args, base[1], base[0])
+    record, there = Record(tmp_path, "task_lora", tasks, args), []
+    add = Record.add
+
+    def seen(record, tests):
+        there.append(sorted(file.name for file in tmp_path.glob("*.pt")))
+        return add(record, tests)
+
+    monkeypatch.setattr(Record, "add", seen)
+    train_trace.learn_in_a_row(record, *base, tasks, args, QUIET)
+    one, two, three = (f"task_lora-{i}.pt" for i in (1, 2, 3))
+    assert there == [[one], [one, two], [two, three]]  # until a task is tested, both are there
+    assert [file.name for file in tmp_path.glob("*.pt")] == [three]
+
+
+def test_a_mixture_of_loras_has_the_size_of_one(base):
+    sizes = {}
+    for method, experts in (("lora", 4), ("moe_lora", 4), ("moe_lora", 8)):
+        adapter = attach(method, Args(experts=experts), base[0])
+        routers = sum(p.numel() for layer in adapter.layers for name, p in layer.named_parameters()
+                      if "router" in name)
+        sizes[method, experts] = sum(p.numel() for p in adapter.trainable_parameters()) - routers
+        adapter.detach()
+    assert len({*sizes.values()}) == 1
+    for experts in (3, 16):
+        with pytest.raises(ValueError, match=f"--experts {experts} can't share --lora_rank 8"):
+            attach("moe_lora", Args(experts=experts), base[0])
 
 
 def test_ask_infers_the_task_or_leaves_a_far_prompt_to_the_base(run, capsys):
@@ -429,6 +474,18 @@ def test_ask_infers_the_task_or_leaves_a_far_prompt_to_the_base(run, capsys):
         train_trace.main(train_trace.parse(["--device", "cpu", "--ask", f"{folder}/mose.pt", text]))
         out = capsys.readouterr().out
         assert "answer: " in out and (name in out) and ("far from every" in out) == (name == "base")
+
+
+def test_ask_takes_the_base_of_this_clone_if_that_of_the_run_is_gone(run, tmp_path, capsys):
+    shutil.copytree(run[1], tmp_path / "moved")
+    file = tmp_path / "moved/args.json"
+    notes = json.loads(file.read_text())
+    notes["options"]["model"] = "/an/old/clone/assets/tiny-llm"
+    file.write_text(json.dumps(notes))
+    prompt = read(Args.data, "NumGLUE-cm", "test")[0]["prompt"]
+    train_trace.main(train_trace.parse(
+        ["--device", "cpu", "--ask", f"{tmp_path}/moved/mose.pt", prompt]))
+    assert "task: NumGLUE-cm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ended", [True, False])

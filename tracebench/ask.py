@@ -26,7 +26,8 @@ def ask(args):
                          f"with {FORMAT!r}: expected mose.pt or mose_fixed.pt of a run (the other "
                          "methods can't infer the task of a prompt)")
     its_model = notes.get("options", {}).get("model", args.model)
-    if args.model == Args.model:  # so no other was asked for
+    is_gone = Path(its_model).is_absolute() and not Path(its_model).exists()  # moved, say
+    if args.model == Args.model and not is_gone:  # so no other was asked for
         args = dataclasses.replace(args, model=its_model)
     model, tokenizer = load_model(args)
     try:

@@ -154,9 +154,7 @@ class LoRA:
         return compressed(torch.cat([values.flatten() for values in weights]))
 
     def unpack(self, packed):
-        """The inverse of `pack`. Raises ValueError for a file of an earlier version."""
-        if not isinstance(packed, bytes):
-            raise ValueError("the file of this LoRA is of an earlier version: learn it again")
+        """The inverse of `pack`."""
         like = self.trainable_parameters()
         numbers = decompressed(packed, torch.float32).split([p.numel() for p in like])
         return [values.view(p.shape) for values, p in zip(numbers, like)]

@@ -29,8 +29,11 @@ def attach(method, args, model, file=None):
         return KINDS[method](model, MoSEConfig(
             targets, num_experts=args.experts, rank=args.rank, top_k=args.top_k,
             density=args.density, scale=args.scale, router_std=args.router_std))
-    if method == "moe_lora":  # about as many parameters as the one LoRA has, for all experts
-        rank = max(1, args.lora_rank // args.experts)
+    if method == "moe_lora":  # its experts have as many columns together as the one LoRA
+        rank, rest = divmod(args.lora_rank, args.experts)
+        if rest:
+            raise ValueError(f"moe_lora: --experts {args.experts} can't share --lora_rank "
+                             f"{args.lora_rank}: expected a multiple")
         return MoELoRA(model, targets, rank=rank, scale=args.lora_scale, experts=args.experts,
                        top_k=args.top_k, router_std=args.router_std)
     return KINDS[method](model, targets, rank=args.lora_rank, scale=args.lora_scale)

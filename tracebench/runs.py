@@ -5,7 +5,7 @@ needs to go on. It knows the names of all files, so that the loop of train_trace
     args.json             options of the run, digests of its data files, tokens of prompts it reads
     METHOD.pt             the adapter that has learned all tasks
     METHOD.json           the result
-    METHOD-3.pt           the adapter after three tasks
+    METHOD-3.pt           the adapter after three tasks, the last ones that were tested
     METHOD.progress.json  the result so far
 
 The last two are removed when the method is finished.
@@ -246,6 +246,8 @@ class Record:
             result["task_id_accuracy"] = [test.right for test in tests.values()]
         if processes.RANK == 0:
             write_json(self.state, result)
+            before = self.folder / f"{self.method}-{self.done() - 1}.pt"
+            before.unlink(missing_ok=True)
         return row
 
     def finish(self, facts, zero_shot):
@@ -253,16 +255,17 @@ class Record:
         if processes.RANK > 0:
             return
         result = self.result
-        adapters = [self.folder / f"{self.method}-{t + 1}.pt" for t in range(len(result["bytes"]))]
-        if adapters:
-            write_bytes(self.folder / f"{self.method}.pt", adapters[-1].read_bytes())
+        last = self.folder / f"{self.method}-{self.done()}.pt"
+        if result["bytes"]:  # floor and base have no adapter
+            write_bytes(self.folder / f"{self.method}.pt", last.read_bytes())
         tail = summarize(result["R_tail"]) if result["R_tail"] else {}
         # A task that starts from a source begins with the source's score, which nobody has tested.
         gain_is_known = not any(result["source"])
         scores = summarize(result["R"], zero_shot if gain_is_known else None) | {
             "zero_shot": zero_shot, "op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")}
         write_json(self.folder / f"{self.method}.json", facts | result | scores)
-        for file in (self.state, *adapters):
+        # (All of them, since a killed run may have left an earlier one.)
+        for file in (self.state, *self.folder.glob(f"{self.method}-*.pt")):
             file.unlink(missing_ok=True)
 
 
