@@ -15,13 +15,14 @@ for each token. All but top_k gates are 0:
     A, B = reads * where(used, frozen, weight)                                        (3)
 
 `used` marks the entries that a finished task owns. Their values are in the buffer `frozen`, which
-no optimizer holds, and the router of a finished task is stored. `reads` marks the entries that the
+no optimizer holds. The router of a finished task is stored too. `reads` marks the entries that the
 task in force reads, and all others count as 0. (The task in force is the one that the forward pass
 applies. The part of an expert that a task reads is a SubExpert: hence the name of the method.) A
-task reads the entries that it owns. It also reads all entries of A that earlier tasks own: these
-values are there already and cost nothing. A task may instead start from a finished task, its
-source. Besides its own entries, it then reads what its source reads. The router does not see the D
-numbers of a token: `projection`, which is random and fixed, makes P numbers of them.
+task reads the entries that it owns, and some that finished tasks own. Usually these are all entries
+of A that were used when it began: their values are there already and cost nothing. But a task may
+start from a finished task, its source. It then reads what its source reads, and no more. The router
+does not see the D numbers of a token: `projection`, which is random and fixed, makes P numbers of
+them.
 
 Since only free entries can be selected, nothing that a finished task reads can change: forgetting
 is ruled out by construction.
@@ -81,7 +82,7 @@ class MoSEConfig:
     rank: int = 16  # R >= 1, of each expert
     top_k: int = 2  # K, 1 <= K <= E
     density: float = 0.01  # in (0, 1], the share of the free entries that a new task owns
-    scale: float = 8.0  # > 0, factor of the experts' sum
+    scale: float = 8.0  # > 0, factor of the experts' sum, as alpha / rank is that of a LoRA
     router_dim: int = 16  # P >= 1
     router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates are clearly unequal
     key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
@@ -137,8 +138,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
-        # do. But B starts at 0 (and A too, if the task has a source), where the gradient of a score
-        # is 0. So if a weight there did not move, its score would stay as it was drawn.
+        # do. But the gradient of a score is a product with the weight, and B starts at 0 (as A does
+        # if the task has a source). So if such a weight stayed at 0, its score would never change.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
@@ -147,6 +148,7 @@ class StraightThrough(torch.autograd.Function):
 def top_k_gates(logits, k):
     """The gates (B, T, E) of equation (1) from the router's logits (B, T, E): all but K are 0."""
     gates = torch.softmax(logits, dim=-1)  # (B, T, E)
+    # The smallest ones become 0, so the chosen ones need not be touched.
     smallest = gates.topk(gates.shape[-1] - k, dim=-1, largest=False).indices  # (B, T, E - K)
     # CHOICE: the chosen gates keep their softmax value. If they were scaled to sum to 1, a single
     # one (K = 1) would always be 1, and the router would get no gradient.
@@ -156,7 +158,7 @@ def top_k_gates(logits, k):
 # ------------------------------------------------------------------------------ the experts
 
 SCORE_SPREAD = 0.004  # new scores are uniform in 0 .. SCORE_SPREAD
-CPU_FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+CPU_FP32 = {"dtype": torch.float32, "device": "cpu"}  # the caller may have changed torch's defaults
 
 
 class SubExperts(nn.Module):
@@ -170,12 +172,12 @@ class SubExperts(nn.Module):
     router          (E, P), a Parameter
     inherited       (N,), bool, the entries of finished tasks that it reads
     num_new         [in A, in B], how many entries it will own
-    They are made by `begin`. `is_open` tells whether there is an open task.
+    `begin` sets them anew. `is_open` tells whether there is an open task.
 
     The finished tasks:
     frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
     owner           (N,), number of the task that an entry belongs to; 0 if it is free
-    routers         {name: router (E, P)}, on the CPU
+    routers         {name: router (E, P)}, on the CPU, since only a task in force needs its router
 
     The task in force is what the forward pass applies. Each row of a batch may have another task:
     learning        whether the open task is in force; otherwise finished tasks are, or none
@@ -235,9 +237,9 @@ class SubExperts(nn.Module):
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # Adam moves a score by about the learning rate, so what matters is SCORE_SPREAD / rate. At
-        # the rate of the example above, a step is five times the spread if hidden_size is 128, and
-        # about the whole spread if it is 3000.
+        # So the gradients decide which entries a task takes, and hardly the draw. A step of Adam
+        # moves a score by about the learning rate. At the rate of the example above, this is five
+        # times SCORE_SPREAD if hidden_size is 128, and about as much if it is 3000.
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -285,7 +287,7 @@ class SubExperts(nn.Module):
         return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
 
     def can_learn(self):
-        """Whether entries of B can learn, in the open task or in the one that was finished last.
+        """Whether entries of B can learn, in the task that `begin` has prepared last.
 
         They need an A that is not 0, of the task itself or of earlier ones.
         """
@@ -365,7 +367,8 @@ class SubExperts(nn.Module):
 
     def add_delta(self, linear, args, out):
         """Forward hook of the linear layer: equation (2). It adds the experts' part to `out`."""
-        x = args[0]  # (B, T, D). (An IndexError: the model calls layer(input=x), not layer(x).)
+        # (If this raises IndexError, the model calls layer(input=x) instead of layer(x).)
+        x = args[0]  # (B, T, D)
         if self.learning:
             return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
         if self.num_rows is not None:
@@ -433,7 +436,7 @@ class MoSE:
         self.tasks = {}
         self.open = None
         self.active = None
-        self.last_number = 0  # the number of the newest task; the next one gets the one after it
+        self.last_number = 0  # of the newest task; a number is never used twice
         check_model(model)
         targets = find_targets(model, self.config.targets)
         self._remember_base(targets)
@@ -453,7 +456,8 @@ class MoSE:
         """Which finished task a new one should start from: (source, need) for `begin_task`.
 
         probe(): the error on the new task with the task that is in force, say the share of wrong
-        answers. It is called under the bare base and under each finished task.
+        answers. It is called under the bare base and under each finished task. Call model.eval()
+        before, so that dropout adds no noise to the errors.
         guess: the error of the best constant answer, say 1 - the share of the largest class.
 
         With several processes, only the numbers of the first one count. Returns (None, 1.0) if no
@@ -568,6 +572,8 @@ class MoSE:
         learns: put it in force again before you go on training. Raises ValueError for a task that
         is not known.
         """
+        expect(task is None or isinstance(task, (str, list)),
+               f"task: got {task!r}, expected a name, None or a list of names")
         if isinstance(task, str):
             task = plain_str(task)
         is_list = isinstance(task, list)
@@ -628,10 +634,11 @@ class MoSE:
     # (TaskKeys, below). How the paper infers the task is not known to us.
 
     def observe(self, input_ids, attention_mask=None, task=None):
-        """Let prompts (B, T) feed the key of the open task, or of a finished one that is named.
+        """Add prompts (B, T) to the key of the open task, or of a finished one that is named.
 
         No pass through the model. With several processes, let each observe all prompts.
         """
+        task = None if task is None else plain_str(task)
         expect(task is not None or self.open is not None,
                "no task is open: call begin_task(name) first, or name a finished task")
         expect(task in (None, self.open) or task in self.tasks,
@@ -881,12 +888,21 @@ class MoSE:
 class TaskKeys:
     """How a prompt finds its task: each task is a Gaussian in the space of mean token embeddings.
 
-    A task has a mean and a variance of its own, and all tasks share the shape of one covariance.
-    (Linear discriminant analysis does the same, but there they share its size too.) A prompt can
-    also belong to none of them: this is one more Gaussian, which is wider. To find the most likely
-    task, the variance of each task is replaced by one halfway between its own and the average one.
-    To decide whether the prompt belongs to that task at all, its own variance is taken. Only
-    running sums are kept, and no prompt.
+    x is a prompt as numbers, and m the mean of a task's prompts. s is their standard deviation, one
+    number for all dimensions, and S is the mean of s over all tasks. C is the shape of a covariance
+    that all tasks share. Its mean variance is 1.
+
+        distance   = (x - m) C^-1 (x - m) / key_dim
+        likelihood = exp(-key_dim/2 * (distance / v + log v)),  v = s * S
+
+    A prompt belongs to the task of the largest likelihood. v lies between the task's own
+    variance, s^2, and the typical one, S^2. With s^2, a prompt slightly off the mean of a
+    narrow task would go to a wide one. A prompt can also belong to none of the tasks: this is
+    one more Gaussian, wider than that of the best task. Here s^2 takes the place of v.
+
+    A chat template would hide what differs. So tokens that nearly all prompts of every task
+    hold are left out of the prompt, and of the means (`own_text`). Only running sums are kept,
+    and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
@@ -894,10 +910,9 @@ class TaskKeys:
             variance  of the prompts, a number: the mean over all dimensions
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
-    pooled  (key_dim, key_dim), the sum over all calls of `merge` of S / sqrt(variance), where S is
-            what the call adds to the task's scatter matrix, the sum of (x - mean) (x - mean)^T over
-            its prompts. (`merge` says why it is divided so.) It stays when a task is forgotten,
-            since it tells how prompts differ in general.
+    pooled  (key_dim, key_dim), C is made of it: the sum of all scatter matrices, each divided as
+            `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T. It
+            stays when a task is forgotten, since it tells how prompts differ in general.
     count   number of the prompts in `pooled`
     """
 
@@ -914,8 +929,7 @@ class TaskKeys:
     # Each task must have at least this share of text that not all tasks have. If one has less, its
     # own text is too little to compare, and no token counts as shared.
     LEAST_OWN = 0.02
-    # "None of the tasks" has the mean of the most likely task, and this many times its standard
-    # deviation.
+    # "None of the tasks" has the mean of the most likely task, and this many times its deviation.
     WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
@@ -954,7 +968,7 @@ class TaskKeys:
 
     # ---- the life of a task
 
-    @torch.inference_mode(False)  # what is made in it can't be added to later
+    @torch.inference_mode(False)  # tensors that are made in it can't be changed outside of it
     def new_sums(self):
         """The empty sums of a task: how many prompts, the sums of x and of x x^T, and of the tokens
         {token: (how many prompts hold it, the sum of its weights)}."""
@@ -1000,16 +1014,17 @@ class TaskKeys:
                       for token, (held, total) in more_of.items()}
         else:
             count = more
-            mean_square = sums["square"].diagonal().mean() / more  # of a number of x
+            mean_square = sums["square"].diagonal().mean() / more  # over prompts and dimensions
             scatter += self.IMAGINARY * mean_square * torch.eye(len(mean), **CPU_FP32)
             squares = scatter.diagonal().mean().item()
         variance = squares / (count + 1)
         common = {token: total / count for token, (held, total) in tokens.items()
                   if held >= self.COMMON * count}
         self.tasks[name] = count, mean.float(), variance, common
-        # A task of short prompts has a large variance. Undivided, its scatter would dominate the
-        # pooled covariance; divided by the variance, it would count like any other. It should count
-        # more, since such tasks are harder to tell apart: sqrt(variance) lies between.
+        # CHOICE: a task of short prompts counts more in the covariance than others, and does not
+        # dominate it. Short prompts have a large variance. Undivided, their scatter would dominate;
+        # divided by the variance, it would count like any other, though such tasks are harder to
+        # tell apart. So it is divided by sqrt(variance).
         self.pooled += scatter / math.sqrt(variance)
         self.count += more
 
@@ -1032,29 +1047,27 @@ class TaskKeys:
         typical_deviation = sum(deviation for _, deviation in tasks) / len(tasks)
 
         dim = len(self.pooled)
-        identity = torch.eye(dim, **CPU_FP32)
-        pooled = self.pooled / self.pooled.diagonal().mean()
-        shape = pooled + self.SHRINKAGE * dim / self.count * identity
-        shape = shape / shape.diagonal().mean()  # of variance 1, as a mean over the dimensions
-        root = torch.linalg.cholesky(shape)
+        # Of mean variance 1, so that SHRINKAGE does not depend on the scale of the embeddings; and
+        # once more after it, so that distances do not depend on it.
+        covariance = self.pooled / self.pooled.diagonal().mean()
+        covariance += self.SHRINKAGE * dim / self.count * torch.eye(dim, **CPU_FP32)
+        covariance /= covariance.diagonal().mean()
+        root = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
         for mean, deviation in tasks:
             z = torch.linalg.solve_triangular(root, (own - mean).T, upper=False)
-            distance = z.square().mean(0)  # (B,), squared, a mean over the dimensions
-            # A variance halfway between the task's own and the typical one. With its own alone, a
-            # prompt slightly off the mean of a narrow task would go to a wide one.
-            between = deviation * typical_deviation
+            distance = z.square().mean(0)  # (B,)
+            v = deviation * typical_deviation
             # The log of a Gaussian, up to a constant that all tasks share.
-            logits.append(-dim / 2 * (distance / between + math.log(between)))
+            logits.append(-dim / 2 * (distance / v + math.log(v)))
             ratios.append(distance / deviation**2)  # about 1 for the task's own prompts
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
         # CHOICE: "none of the tasks" is one more class, a Gaussian at the mean of the best task,
         # and WIDER times as wide. Without it, a prompt far from every task would belong to the
-        # nearest for sure.
-        # These are the log odds of none against the best task. They are 0 when the squared distance
-        # of a prompt from the mean is 2 log 3 / (1 - 1/9) = 2.5 times that of the task's own ones.
+        # nearest for sure. These are the log odds of none against the best task. With WIDER = 3
+        # they are 0 at the ratio 2.5.
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
@@ -1065,8 +1078,8 @@ class TaskKeys:
     def own_text(self, name, table, shared):
         """(mean, standard deviation) of a task's prompts without the tokens that all tasks share.
 
-        A prompt x is a sum: the shared tokens with the weights that they have in this task, and the
-        rest, which is the mean of the task's own tokens times what is left of the weights.
+        A mean of whole prompts is a sum: the shared tokens with their weights, and the mean of all
+        other tokens times what is left of the weights.
         """
         _, mean, variance, common = self.tasks[name]
         weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
@@ -1075,7 +1088,7 @@ class TaskKeys:
         return own, math.sqrt(variance) / left
 
     def shared_tokens(self):
-        """Tokens that are common to every task, such as a chat template's. They tell nothing."""
+        """The tokens that nearly all prompts of every task hold, such as a chat template's."""
         commons = [common for _, _, _, common in self.tasks.values()]
         shared = set.intersection(*map(set, commons)) if len(commons) > 1 else set()
         for common in commons:

@@ -247,8 +247,11 @@ def test_names_and_targets_of_any_str_can_be_loaded(kind, tmp_path):
     mose = learn(MoSE(tiny(), MoSEConfig(targets=targets)), name)
     mose.set_task(name)
     assert mose.active == "a"
+    mose.keys.tasks.clear()
+    mose.observe(data("a"), task=name)
     mose.save(tmp_path / "m")
     again = MoSE.load(tiny(), tmp_path / "m")
+    assert [*map(type, [*again.keys.tasks])] == [str]
     assert [*map(type, [*again.tasks, *again.config.targets])] == [str] * 3
     refuses("expected a str", mose.begin_task, 1)
 

@@ -88,16 +88,18 @@ FRONTIER = {
 
 def test_the_table_of_tiny_llm_is_that_of_the_json():
     results = json.loads((ROOT / "results/frontier.json").read_text())
-    in_bf16 = frontier.in_bf16(results, json.loads((ROOT / "results/bf16.json").read_text()))
-    found, rounded = frontier.groups(results), frontier.groups(in_bf16)
+    bf16_results = json.loads((ROOT / "results/bf16.json").read_text())
+    found, rounded, without_keys = (frontier.groups(some) for some in (
+        results, frontier.in_bf16(results, bf16_results),
+        frontier.in_bf16(results, bf16_results, "bytes_bf16_without_keys")))
     rows = rows_of("frontier")
     assert {*rows} == {*FRONTIER}
-    for name, (seeds, op, size, size_bf16) in rows.items():
-        runs, short = found[FRONTIER[name]], rounded[FRONTIER[name]]
-        assert [*range(int(seeds))] == sorted(runs) == sorted(short)
-        assert op == report.spread([r["op"] for r in runs.values()])
-        assert size == f"{statistics.mean(map(frontier.size, runs.values())) / 1000:.1f}"
-        assert size_bf16 == f"{statistics.mean(map(frontier.size, short.values())) / 1000:.1f}"
+    for name, (seeds, op, *sizes) in rows.items():
+        every = [some[FRONTIER[name]] for some in (found, rounded, without_keys)]
+        assert all(sorted(runs) == [*range(int(seeds))] for runs in every)
+        assert op == report.spread([r["op"] for r in every[0].values()])
+        assert sizes == [f"{statistics.mean(map(frontier.size, runs.values())) / 1000:.1f}"
+                         for runs in every]
 
 
 def test_every_method_has_a_style_and_a_name():

@@ -410,8 +410,10 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "a probe that gives NaN": (r"probe\(\) gave nan", lambda m, b, p: (
         m.best_source(lambda: float("nan")))),
     "save while open": ("call end_task", lambda m, b, p: (m.begin_task("c"), m.save(p / "m"))),
-    "set a number": (r"unknown tasks \[3\]", lambda m, b, p: m.set_task(3)),
-    "set a tuple": (r"unknown tasks \[\('a', 'b'\)\]", lambda m, b, p: m.set_task(("a", "b"))),
+    "set a number": ("task: got 3, expected a name", lambda m, b, p: m.set_task(3)),
+    "set a tuple": (r"task: got \('a', 'b'\), expected a name, None or a list", lambda m, b, p: (
+        m.set_task(("a", "b")))),
+    "observe for a number": ("got 3 as a name", lambda m, b, p: m.observe(IDS, task=3)),
     "a list with the open task": (r"unknown tasks \['c'\]", lambda m, b, p: (
         m.begin_task("c"), m.set_task(["a", "c"]))),
     "too many tasks": ("a list of 6 tasks.*as many rows", lambda m, b, p: (
