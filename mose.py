@@ -629,8 +629,8 @@ class MoSE:
     # ---- which task a prompt belongs to
 
     # CHOICE: the task is inferred from the token embeddings of the prompt alone, before any pass
-    # through the model. A prompt is the mean of its tokens' embeddings, a task is a Gaussian with
-    # the mean of its prompts, and a prompt belongs to the task whose Gaussian is highest at it
+    # through the model. A prompt is the mean of its tokens' embeddings, a task is a distribution
+    # around the mean of its prompts, and a prompt belongs to the task under which it is most likely
     # (TaskKeys, below). How the paper infers the task is not known to us.
 
     def observe(self, input_ids, attention_mask=None, task=None):
@@ -886,19 +886,22 @@ class MoSE:
 # ------------------------------------------------------------------------------ task keys
 
 class TaskKeys:
-    """How a prompt finds its task: each task is a Gaussian in the space of mean token embeddings.
+    """How a prompt finds its task: each task is a distribution of mean token embeddings.
 
-    x is a prompt as numbers, and m the mean of a task's prompts. s is their standard deviation, one
-    number for all dimensions, and S is the mean of s over all tasks. C is the shape of a covariance
-    that all tasks share. Its mean variance is 1.
+    x is a prompt as numbers, and m the mean of a task's prompts. s is their standard deviation,
+    one number for all dimensions, and S is the mean of s over all tasks. C is the shape of a
+    covariance that all tasks share. Its mean variance is 1.
 
-        distance   = (x - m) C^-1 (x - m) / key_dim
-        likelihood = exp(-key_dim/2 * (distance / v + log v)),  v = s * S
+        distance   = (x - m) C^-1 (x - m) / dim,  dim = key_dim
+        likelihood = (1 + dim / FREEDOM * distance / v) ^ (-(FREEDOM + dim) / 2) / v^(dim / 2)
+        v          = s * S
 
-    A prompt belongs to the task of the largest likelihood. v lies between the task's own
-    variance, s^2, and the typical one, S^2. With s^2, a prompt slightly off the mean of a
-    narrow task would go to a wide one. A prompt can also belong to none of the tasks: this is
-    one more Gaussian, wider than that of the best task. Here s^2 takes the place of v.
+    A prompt belongs to the task of the largest likelihood. This is a Student t distribution, a
+    Gaussian with heavier tails. With a Gaussian, a few prompts that lack the system prompt
+    would spoil the key of their task. v lies between the task's own variance, s^2, and the
+    typical one, S^2. With s^2, a prompt slightly off the mean of a narrow task would go to a
+    wide one. A prompt can also belong to none of the tasks, and this depends on distance / s^2
+    for the best one.
 
     A chat template would hide what differs. So tokens that nearly all prompts of every task
     hold are left out of the prompt, and of the means (`own_text`). Only running sums are kept,
@@ -913,7 +916,6 @@ class TaskKeys:
     pooled  (key_dim, key_dim), C is made of it: the sum of all scatter matrices, each divided as
             `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T. It
             stays when a task is forgotten, since it tells how prompts differ in general.
-    count   number of the prompts in `pooled`
     """
 
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
@@ -926,10 +928,13 @@ class TaskKeys:
     # SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
     # prompts differ.
     SHRINKAGE = 0.25
+    # Degrees of freedom of the t distribution: the fewer, the heavier its tails.
+    FREEDOM = 8
     # Each task must have at least this share of text that not all tasks have. If one has less, its
     # own text is too little to compare, and no token counts as shared.
     LEAST_OWN = 0.02
-    # "None of the tasks" has the mean of the most likely task, and this many times its deviation.
+    # "None of the tasks" is a Gaussian with the mean of the most likely task, and this many times
+    # its standard deviation.
     WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
@@ -939,7 +944,6 @@ class TaskKeys:
         self.projection = fixed_signs(D, key_dim)
         self.tasks = {}
         self.pooled = torch.zeros(key_dim, key_dim, dtype=torch.float64, device="cpu")
-        self.count = 0
 
     # ---- a prompt as numbers
 
@@ -1026,7 +1030,6 @@ class TaskKeys:
         # divided by the variance, it would count like any other, though such tasks are harder to
         # tell apart. So it is divided by sqrt(variance).
         self.pooled += scatter / math.sqrt(variance)
-        self.count += more
 
     # ---- which task
 
@@ -1042,6 +1045,7 @@ class TaskKeys:
             own.append(self.embed(table, tokens[keep], weights[keep] / weights[keep].sum()))
             is_empty.append(not keep.any())
         own = torch.stack(own)  # (B, key_dim)
+        expect(own.isfinite().all(), "the mean embedding of a prompt is not finite")
 
         tasks = [self.own_text(name, table, shared) for name in self.tasks]
         typical_deviation = sum(deviation for _, deviation in tasks) / len(tasks)
@@ -1050,7 +1054,8 @@ class TaskKeys:
         # Of mean variance 1, so that SHRINKAGE does not depend on the scale of the embeddings; and
         # once more after it, so that distances do not depend on it.
         covariance = self.pooled / self.pooled.diagonal().mean()
-        covariance += self.SHRINKAGE * dim / self.count * torch.eye(dim, **CPU_FP32)
+        count = sum(count for count, _, _, _ in self.tasks.values())
+        covariance += self.SHRINKAGE * dim / count * torch.eye(dim, **CPU_FP32)
         covariance /= covariance.diagonal().mean()
         root = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
@@ -1058,8 +1063,9 @@ class TaskKeys:
             z = torch.linalg.solve_triangular(root, (own - mean).T, upper=False)
             distance = z.square().mean(0)  # (B,)
             v = deviation * typical_deviation
-            # The log of a Gaussian, up to a constant that all tasks share.
-            logits.append(-dim / 2 * (distance / v + math.log(v)))
+            # The log of the likelihood, up to a constant that all tasks share.
+            tail = (dim / self.FREEDOM * distance / v).log1p()
+            logits.append(-(self.FREEDOM + dim) / 2 * tail - dim / 2 * math.log(v))
             ratios.append(distance / deviation**2)  # about 1 for the task's own prompts
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
@@ -1102,18 +1108,18 @@ class TaskKeys:
     def state(self):
         """What a file holds: of `pooled` only its root, a triangle, in bf16."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
-        root = torch.linalg.cholesky(self.pooled) if self.count else self.pooled
-        return self.tasks, root[rows, columns].bfloat16(), self.count
+        root = torch.linalg.cholesky(self.pooled) if self.pooled.any() else self.pooled
+        return self.tasks, root[rows, columns].bfloat16()
 
     @torch.inference_mode(False)
-    def restore(self, tasks, triangle, count):
+    def restore(self, tasks, triangle):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
         fits = all(len(mean) == len(self.pooled) for _, mean, _, _ in tasks.values())
         expect(fits and triangle.shape == rows.shape, "its keys have another size")
         root = torch.zeros_like(self.pooled)
         root[rows, columns] = triangle.double()
-        self.tasks, self.pooled, self.count = tasks, root @ root.T, count
+        self.tasks, self.pooled = tasks, root @ root.T
 
     def key_bytes(self):
         """{task: bytes of its key}. The covariance, which all share, counts with the first one."""
@@ -1126,7 +1132,7 @@ class TaskKeys:
 
 # ------------------------------------------------------------------------------ helpers
 
-FORMAT = b"MoSE 3\n"  # how the files begin that `save` writes
+FORMAT = b"MoSE 4\n"  # how the files begin that `save` writes
 
 
 def plain_str(name):

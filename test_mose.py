@@ -414,6 +414,16 @@ def test_a_renamed_task_is_the_same_one_under_its_new_name(tmp_path):
     assert mose.active == "b"
 
 
+def test_training_goes_on_in_a_new_task_that_takes_the_name_of_its_source():
+    mose = learn(learn(attach(), *"ab"), "more a", source="a")
+    before, prompts = snapshot(mose, "more a", "b"), data("new a")
+    assert mose.infer_task(prompts) != 4 * ["more a"]  # control: both tasks have such prompts
+    mose.forget("a")
+    mose.rename("more a", "a")
+    assert torch.equal(snapshot(mose, "a", "b"), before)
+    assert mose.infer_task(prompts) == 4 * ["a"]
+
+
 def test_some_tasks_of_a_file_can_be_loaded_alone(tmp_path):
     mose, path = learn(attach(), *"abc"), tmp_path / "m"
     before, whole = snapshot(mose, *"ac"), reloaded(mose, path)
@@ -756,13 +766,14 @@ def test_a_task_of_short_prompts_is_found_beside_long_ones(guard):
 def test_behind_shared_text_a_task_with_little_of_its_own_is_like_any_other(guard, monkeypatch):
     def undivided(keys, name, table, shared, own_text=TaskKeys.own_text):
         mean, deviation = own_text(keys, name, table, shared)
-        weights = keys.tasks[name][-1]
-        return mean, deviation * (1 - sum(weights[token] for token in shared.tolist()))
+        common = keys.tasks[name][-1]
+        left = 1 - sum(common[token] for token in shared.tolist())
+        return left * mean, left * deviation
 
-    # Off: the deviation is that of whole prompts, which is tiny where most of a prompt is shared.
+    # Off: nothing is divided by the share of own text, which is small where most is shared.
     guard or monkeypatch.setattr(TaskKeys, "own_text", undivided)
     mose = attach()
-    shape_of = {"a": (8, 1), "b": (14, 16)}  # first of 8 tokens, how many own ones a prompt has
+    shape_of = {"a": (8, 1), "b": (16, 16)}  # first of 8 tokens, how many own ones a prompt has
 
     def prompts(name, seed, count):
         first, length = shape_of[name]
@@ -792,6 +803,24 @@ def test_a_task_of_nothing_but_shared_text_is_found(guard, monkeypatch):
     except (ZeroDivisionError, ValueError):  # the division by nothing, or the log of it
         found = None
     assert (found == [20 * ["constant"], 20 * ["b"]]) == guard
+
+
+def test_a_few_prompts_without_the_system_prompt_spoil_no_key(guard, monkeypatch):
+    # Off: a Gaussian, which is a t distribution with very many degrees of freedom.
+    guard or monkeypatch.setattr(TaskKeys, "FREEDOM", 10**6)
+    draw = torch.Generator().manual_seed(0)
+    system_prompt = (40 + torch.randint(24, (200,), generator=draw)).expand(90, 200)
+    mose = attach()
+    for name in "abcd":
+        mose.begin_task(name)
+        mose.observe(torch.cat([system_prompt, data(name, 90)], dim=1))
+        mose.observe(data(f"more {name}", 10))
+        mose.end_task()
+    right = 0
+    for name in "abcd":
+        prompts = torch.cat([system_prompt[:20], data(f"new {name}", 20)], dim=1)
+        right += mose.infer_task(prompts).count(name)
+    assert (right > 60) == guard  # of 80
 
 
 def test_padding_is_no_part_of_a_prompt():
@@ -907,7 +936,7 @@ def test_a_file_fits_its_base_in_any_precision_and_only_whole(tmp_path):
     for damaged in (whole[:-100], one_bit):
         path.write_bytes(damaged)
         refuses("damaged", MoSE.load, tiny(), path)
-    for begin in (b"", b"MoSE 2\n"):  # an empty file, and how earlier files began
+    for begin in (b"", b"MoSE 3\n"):  # an empty file, and how earlier files began
         path.write_bytes(begin and begin + whole[7:])
         says = f"its format is {begin!r}, expected {whole[:7]!r}"
         refuses(re.escape(says), MoSE.load, tiny(), path)
