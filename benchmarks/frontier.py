@@ -251,12 +251,10 @@ def report(results):
              "task. Two CPU cores, one thread a run. OP: mean score of all tasks at the end; ±: "
              "deviation over seeds. The rules of the searches, and what each change is, stand in "
              "[the script](../benchmarks/frontier.py). The runs are of several commits from 6affaf3 "
-             "on, between which the method changed by rounding alone. LoRAs, VeRA and SHiRA of "
-             "before 8daee77 were saved again by its code, so their bytes are those of today. Where "
-             "nothing else is said, MoSEs had a rate of 0.0195 (their default is 0.0194 now). The "
-             "random fixed parts of VeRA and SHiRA were the same in all of their runs here, so their "
-             "deviation is that of the order of the data alone. Seeds that are missing were not "
-             "measured.\n",
+             "on, between which the method changed by rounding alone. LoRAs of before 8daee77 were "
+             "saved again by its code, so their bytes are those of today. Where nothing else is "
+             "said, MoSEs had a rate of 0.0195 (their default is 0.0194 now). Seeds "
+             "that are missing were not measured.\n",
              "| method | seeds | OP | BWT | bytes a task | numbers kept a task |",
              "|---|---|---|---|---|---|"]
     for name, runs in found.items():
