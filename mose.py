@@ -20,9 +20,9 @@ task in force reads, and all others count as 0. (The task in force is the one th
 applies. The part of an expert that a task reads is a SubExpert: hence the name of the method.) A
 task reads the entries that it owns, and some that finished tasks own. Usually these are all entries
 of A that were used when it began: their values are there already and cost nothing. But a task may
-start from a finished task, its source. It then reads what its source reads, and no more. The router
-does not see the D numbers of a token: `projection`, which is random and fixed, makes P numbers of
-them.
+start from a finished task, its source. Besides its own entries, it then reads what its source reads
+and no others. The router does not see the D numbers of a token: `projection`, which is random and
+fixed, makes P numbers of them.
 
 Since only free entries can be selected, nothing that a finished task reads can change: forgetting
 is ruled out by construction.
@@ -148,7 +148,7 @@ class StraightThrough(torch.autograd.Function):
 def top_k_gates(logits, k):
     """The gates (B, T, E) of equation (1) from the router's logits (B, T, E): all but K are 0."""
     gates = torch.softmax(logits, dim=-1)  # (B, T, E)
-    # The smallest ones become 0, so the chosen ones need not be touched.
+    # The smallest ones are set to 0, which leaves the others exactly as softmax gave them.
     smallest = gates.topk(gates.shape[-1] - k, dim=-1, largest=False).indices  # (B, T, E - K)
     # CHOICE: the chosen gates keep their softmax value. If they were scaled to sum to 1, a single
     # one (K = 1) would always be 1, and the router would get no gradient.
@@ -237,9 +237,9 @@ class SubExperts(nn.Module):
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # So the gradients decide which entries a task takes, and hardly the draw. A step of Adam
-        # moves a score by about the learning rate. At the rate of the example above, this is five
-        # times SCORE_SPREAD if hidden_size is 128, and about as much if it is 3000.
+        # After these, gradients decide which entries a task takes, and hardly the draw. A step of
+        # Adam moves a score by about the learning rate. At the rate of the example above, this is
+        # five times SCORE_SPREAD if hidden_size is 128, and about as much if it is 3000.
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -888,24 +888,25 @@ class MoSE:
 class TaskKeys:
     """How a prompt finds its task: each task is a distribution of mean token embeddings.
 
-    x is a prompt as numbers, and m the mean of a task's prompts. s is their standard deviation,
-    one number for all dimensions, and S is the mean of s over all tasks. C is the shape of a
-    covariance that all tasks share. Its mean variance is 1.
+    x is a prompt as numbers, m the mean of a task's prompts, and s their standard deviation,
+    one number for all dimensions. All three are without the text that all tasks share
+    (`own_text`). S is the mean of s over all tasks. C is the shape of a covariance that all
+    tasks share. Its mean variance is 1.
 
-        distance   = (x - m) C^-1 (x - m) / dim,  dim = key_dim
+        distance   = (x - m)^T C^-1 (x - m) / dim,  dim = key_dim
         likelihood = (1 + dim / FREEDOM * distance / v) ^ (-(FREEDOM + dim) / 2) / v^(dim / 2)
         v          = s * S
 
-    A prompt belongs to the task of the largest likelihood. This is a Student t distribution, a
-    Gaussian with heavier tails. With a Gaussian, a few prompts that lack the system prompt
-    would spoil the key of their task. v lies between the task's own variance, s^2, and the
+    A prompt belongs to the task of the largest likelihood (here without a constant that all
+    tasks share). This is a Student t distribution, a Gaussian with heavier tails. A few prompts
+    that lack the system prompt enlarge the variance of their task, and a Gaussian would then
+    send other prompts to the wrong task. v lies between the task's own variance, s^2, and the
     typical one, S^2. With s^2, a prompt slightly off the mean of a narrow task would go to a
     wide one. A prompt can also belong to none of the tasks, and this depends on distance / s^2
-    for the best one.
+    for the most likely one.
 
-    A chat template would hide what differs. So tokens that nearly all prompts of every task
-    hold are left out of the prompt, and of the means (`own_text`). Only running sums are kept,
-    and no prompt.
+    The shared text is what nearly all prompts of every task hold, such as a chat template,
+    which would hide what differs. Only running sums are kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
@@ -930,8 +931,8 @@ class TaskKeys:
     SHRINKAGE = 0.25
     # Degrees of freedom of the t distribution: the fewer, the heavier its tails.
     FREEDOM = 8
-    # Each task must have at least this share of text that not all tasks have. If one has less, its
-    # own text is too little to compare, and no token counts as shared.
+    # At least this share of each task's prompts, by weight, must be outside of the shared tokens.
+    # If one task has less, its own text is too little to compare, and no token counts as shared.
     LEAST_OWN = 0.02
     # "None of the tasks" is a Gaussian with the mean of the most likely task, and this many times
     # its standard deviation.
