@@ -32,15 +32,16 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results/method.png")
     args = parser.parse_args()
     results = {m: json.loads((args.run / f"{m}.json").read_text()) for m in ("lora", "mose")}
-    options = Args(**results["mose"]["args"] | {"device": "cpu", "device_map": ""})
-    model, tokenizer = load_model(options)
-    mose, tasks = MoSE.load(model, args.run / "mose.pt"), results["mose"]["tasks"]
-    plt.rcParams["font.size"] = 11
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
-    (pool, router), matrices = axes
+    tasks = results["mose"]["tasks"]
     if len(tasks) > len(COLOURS):
         parser.error(f"{args.run}: got {len(tasks)} tasks, expected at most {len(COLOURS)}, since "
                      "each needs a colour that can be told apart")
+    options = Args(**results["mose"]["args"] | {"device": "cpu", "device_map": ""})
+    model, tokenizer = load_model(options)
+    mose = MoSE.load(model, args.run / "mose.pt")
+    plt.rcParams["font.size"] = 11
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
+    (pool, router), matrices = axes
     colours = matplotlib.colors.ListedColormap(COLOURS[:len(tasks)])
     colours.set_under("white")
     first = mose.layers[0]

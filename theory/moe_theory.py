@@ -232,8 +232,10 @@ KINDS = {"stopped": {}, "never": dict(keep_locality=True, keep_balance=True),
 MANY, SOME, ENDS = (1, 2, 3, 5, 10, 20, 40), (5, 10, 20), (5, 20)                    # M
 STOPS, HORIZONS = (3, 10, 30, 100, 300, 1000), (2, 4, 8, 15, 30, 60)                 # stop_at, T
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3)                                                 # lambda
+ALIGNED = dict(aligned=True)
+OTHER_DATA = [dict(sample_std=0.02), dict(sample_std=0.1), ALIGNED]  # the random gate meets it too
 SWEEP = [dict(noise=x) for x in NOISES] + [dict(noise=x, gap=x) for x in NOISES] + [
-    dict(lr=0.1), dict(lr=1.0), dict(sample_std=0.02), dict(sample_std=0.1), dict(aligned=True)]
+    dict(lr=0.1), dict(lr=1.0), *OTHER_DATA]
 SIZES = (0.01, 0.03, 0.1)                                    # gate_std of smaller random gates
 
 
@@ -276,8 +278,8 @@ def plan():
     """Name -> parameters of every mixture run."""
     runs = [*product(MANY, ["stopped"], [{}]), *product(SOME, KINDS, [{}]),
             *product(SOME, ["stopped"], [dict(stop_at=stop) for stop in STOPS]),
-            *product(ENDS, ["stopped"], SWEEP), *product(ENDS, ["random"], SWEEP[-3:]),
-            *product(ENDS, ["never"], SWEEP[-1:]),
+            *product(ENDS, ["stopped"], SWEEP), *product(ENDS, ["random"], OTHER_DATA),
+            *product(ENDS, ["never"], [ALIGNED]),
             *product(ENDS, ["random"], [dict(gate_std=size) for size in SIZES])]
     return {name(*run): Params(experts=run[0], **KINDS[run[1]] | run[2]) for run in runs}
 
@@ -356,8 +358,8 @@ def draw(result):
     fig, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     panel(axes[0], many, {
         "stopped by the rule (bars: quartiles)": stops_by_the_rule,
-        "T1 = M / eta": ([M / p["lr"] for M in MANY], 0)}, yscale="log", ylim=(1, 1e4), xlabel="experts M",
-        ylabel=f"median round of the stop ({p['rounds'] + 1}: not in this run)")
+        "T1 = M / eta": ([M / p["lr"] for M in MANY], 0)}, yscale="log", ylim=(1, 1e4),
+        xlabel="experts M", ylabel=f"median round of the stop ({p['rounds'] + 1}: not in this run)")
     panel(axes[1], stops, {f"M={M}": bands("A", [
         name(M, "stopped", dict(stop_at=stop)) for stop in STOPS]) for M in SOME}, ylim=(0, 1.6),
         xlabel="stopped by hand after round", ylabel="arrival error A (squared distance)")
