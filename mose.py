@@ -7,30 +7,34 @@ The base model is frozen. Each adapted linear layer y = x W gets a mixture of E 
 Expert e is a pair of matrices A_e (D, R) and B_e (R, O). All weights of the layer's experts form
 its pool. A task owns a few entries of each pool: its mask selects those with the best scores among
 the free entries, which no finished task owns. It selects in A and in B separately, and the scores
-are learned with the weights. In each layer a task also has a router, whose gates weigh the experts
-for each token. All but top_k gates are 0:
+are learned with the weights. The part of an expert that a task reads is a SubExpert. In each layer
+a task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
     A, B = reads * where(used, frozen, weight)                                        (3)
 
-`used` marks the entries that a finished task owns. Their values are in the buffer `frozen`, which
-no optimizer holds. The router of a finished task is stored too. `reads` marks the entries that the
-task in force reads, and all others count as 0. (The task in force is the one that the forward pass
-applies. The part of an expert that a task reads is a SubExpert: hence the name of the method.) A
-task reads the entries that it owns, and some that finished tasks own. Usually these are all entries
-of A that were used when it began: their values are there already and cost nothing. But a task may
-start from a finished task, its source. Besides its own entries, it then reads what its source reads
-and no others. The router does not see the D numbers of a token: `projection`, which is random and
-fixed, makes P numbers of them.
+In (1), the router does not see the D numbers of a token: `projection`, which is random and fixed,
+makes P numbers of them. In (2), `scale` is a constant. (3) is about all entries of the pool:
 
-Since only free entries can be selected, nothing that a finished task reads can change: forgetting
-is ruled out by construction.
+    used     marks the entries that finished tasks own, and the others are free.
+    frozen   has the values of the used entries. It is a buffer, so no optimizer holds it.
+    weight   has the values of the free entries, which the optimizer changes.
+    reads    marks the entries that the task in force reads, and all others count as 0. (The task
+             in force is the one that the forward pass applies.)
+
+A task reads the entries that it owns, and some that finished tasks own: usually all entries of A
+that were used when it began, since their values are there already and cost nothing. But a task may
+start from a finished task, its source. Besides its own entries, it then reads what its source reads
+and no others.
+
+Since only free entries can be selected, and the routers of finished tasks are stored, nothing that
+a finished task computes can change: forgetting is ruled out by construction.
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
     mose.observe(prompt_ids)                            # makes the key that recognises the task
-    rate = 0.22 / model.config.hidden_size ** 0.5
+    rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate)
     for ids, labels in batches:
         model(input_ids=ids, labels=labels).loss.backward()
@@ -40,14 +44,15 @@ is ruled out by construction.
     mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC") if the task is known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
-`projection` makes of a token, N = E * R * (D + O) entries of a pool. (Outside of shapes, A and B
-are the two matrices of the experts.)
+`projection` makes of a token, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch.
+Everywhere else it is the second matrix of the experts.)
 
-CHOICE marks what we chose because we did not have the paper's method section.
+CHOICE marks what we chose because we did not have the paper's method section. How a task finds a
+source, and a prompt its task, is wholly ours.
 DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds.
 
 To learn the method, read down to the line in the middle of the class MoSE that says so. What comes
-after it is saving, checks, and the keys by which prompts find their task.
+after it is saving and checks, with one exception: how a prompt finds its task is in TaskKeys.
 """
 
 import contextlib
@@ -77,7 +82,7 @@ class MoSEConfig:
     """
 
     # CHOICE: the paper's own values are not known to us. These follow from our own searches.
-    targets: tuple = ("q_proj", "v_proj")  # names of linear layers, or the ends of their paths
+    targets: tuple = ("q_proj", "v_proj")  # names of linear layers, or ends of their dotted paths
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert
     top_k: int = 2  # K, 1 <= K <= E
@@ -124,8 +129,8 @@ class StraightThrough(torch.autograd.Function):
 
     The backward pass ignores which entries are read. This is the straight-through estimator, by
     which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
-    entries move too, but `select` ignores them.) The forward pass uses no score, since `reads` was
-    made of the scores. They are an argument so that they get a gradient.
+    entries move too, but `select` ignores them.) `score` is an argument only to get a gradient:
+    what the forward pass needs of it is in `reads`.
     """
 
     @staticmethod
@@ -148,11 +153,10 @@ class StraightThrough(torch.autograd.Function):
 def top_k_gates(logits, k):
     """The gates (B, T, E) of equation (1) from the router's logits (B, T, E): all but K are 0."""
     gates = torch.softmax(logits, dim=-1)  # (B, T, E)
-    # The smallest ones are set to 0, which leaves the others exactly as softmax gave them.
-    smallest = gates.topk(gates.shape[-1] - k, dim=-1, largest=False).indices  # (B, T, E - K)
+    best = gates.topk(k, dim=-1)  # values and indices, both (B, T, K)
     # CHOICE: the chosen gates keep their softmax value. If they were scaled to sum to 1, a single
     # one (K = 1) would always be 1, and the router would get no gradient.
-    return gates.scatter(-1, smallest, 0.0)  # (B, T, E)
+    return torch.zeros_like(gates).scatter(-1, best.indices, best.values)  # (B, T, E)
 
 
 # ------------------------------------------------------------------------------ the experts
@@ -165,7 +169,11 @@ class SubExperts(nn.Module):
     """The experts of one linear layer, and each task's share of them: its mask and its router.
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
-    e*R .. (e+1)*R of A and the same rows of B.
+    e*R .. (e+1)*R of A and the same rows of B. `projection` (D, P) is a buffer.
+
+    Tasks have numbers here, from 1 on. A lineage is a list of them: the number of a task, then that
+    of its source, then that of the source's source, and so on. Task 5 has the lineage [5, 2] if it
+    starts from task 2, which started as the bare base.
 
     The open task is the one that is being learned. It has:
     weight, score   (N,), Parameters
@@ -177,7 +185,7 @@ class SubExperts(nn.Module):
     The finished tasks:
     frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
     owner           (N,), number of the task that an entry belongs to; 0 if it is free
-    routers         {name: router (E, P)}, on the CPU, since only a task in force needs its router
+    routers         {number: router (E, P)}, on the CPU, since only a task in force needs its router
 
     The task in force is what the forward pass applies. Each row of a batch may have another task:
     learning        whether the open task is in force; otherwise finished tasks are, or none
@@ -218,14 +226,12 @@ class SubExperts(nn.Module):
     # ---- the life of a task
 
     @torch.no_grad()
-    def begin(self, lineage, source, need, generator):
+    def begin(self, lineage, need, generator):
         """Prepare a task, which `MoSE.begin_task` opens once all layers are prepared.
 
-        source: the finished task from which it starts. With None it starts as the bare base.
-
-        lineage: its own number, that of its source, that of the source's source, and so on. Task 5
-        has the lineage [5, 2] if it starts from task 2, which started as the bare base.
-        need: the share, 0 .. 1, of the usual number of new entries that it owns.
+        lineage: of the task. If it has one number, the task starts as the bare base.
+        need: the share, 0 .. 1, of the usual number of new entries that it will own.
+        generator: draws its scores, its A and its router.
         """
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
@@ -237,15 +243,16 @@ class SubExperts(nn.Module):
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # After these, gradients decide which entries a task takes, and hardly the draw. A step of
-        # Adam moves a score by about the learning rate. At the rate of the example above, this is
-        # five times SCORE_SPREAD if hidden_size is 128, and about as much if it is 3000.
+        # After that, gradients decide which entries a task takes, and not the random start. A step
+        # of Adam moves a score by about the learning rate. At the rate of the example above, this
+        # is five times SCORE_SPREAD if hidden_size is 128, and equal to it if it is 3000.
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
-        # start anew here: otherwise this task would read them before it has learned anything.
+        # start anew here: otherwise this task, which selects some of them, would not start exactly
+        # as the base or as its source.
         self.weight.zero_()
-        if source is None:
+        if len(lineage) == 1:
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
             D, _ = self.shape_A
             A, _ = self.split(self.weight)
@@ -256,6 +263,7 @@ class SubExperts(nn.Module):
         else:
             # New entries are 0, so the task starts exactly as its source. They can learn, since
             # the A and B of the source are not 0.
+            source = lineage[1]
             self.router.copy_(self.routers[source])
 
     def reads(self, lineage):
@@ -289,7 +297,8 @@ class SubExperts(nn.Module):
     def can_learn(self):
         """Whether entries of B can learn, in the task that `begin` has prepared last.
 
-        They need an A that is not 0, of the task itself or of earlier ones.
+        They need an A that is not 0, of the task itself or inherited. (A task with a source always
+        inherits some.)
         """
         new_A, new_B = self.num_new
         return new_B > 0 and (new_A > 0 or bool(self.inherited[:self.size_A].any()))
@@ -300,14 +309,14 @@ class SubExperts(nn.Module):
         return self.select(), self.router.detach().to("cpu", copy=True)
 
     @torch.no_grad()
-    def finish(self, name, number, new, router):
-        """Freeze what the open task has learned, under its name and number.
+    def finish(self, number, new, router):
+        """Freeze what the open task has learned, under its number.
 
         Nothing here takes memory, so it can't fail after some layers are done.
         """
         torch.where(new, self.weight, self.frozen, out=self.frozen)
         self.owner.masked_fill_(new, number)
-        self.routers[name] = router
+        self.routers[number] = router
         self.is_open = False
 
     def keep_only(self, lineages):
@@ -316,7 +325,7 @@ class SubExperts(nn.Module):
         for lineage in lineages:
             read |= self.reads(lineage)
         self.owner.masked_fill_(~read, 0)
-        self.frozen.masked_fill_(~read, 0.0)
+        self.frozen.masked_fill_(~read, 0.0)  # so nothing of a forgotten task stays in memory
 
     # ---- the life of a token
 
@@ -330,7 +339,7 @@ class SubExperts(nn.Module):
 
         The first (D, E*R + E) is A of all experts and, beside it, projection @ router.T. So one
         product with the token gives both what A makes of it and the logits of the gates. The second
-        (E*R, O) is scale * B. It is multiplied by what A made, weighed by the gates.
+        (E*R, O) is scale * B. What A makes, times the gates, is multiplied by it.
         """
         A, B = self.split(pool)
         with autocast_off(pool.device):
@@ -346,16 +355,18 @@ class SubExperts(nn.Module):
         pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, reads)
         return self.matrices(pool, self.router)
 
-    def finished_matrices(self, name, lineage):
+    def finished_matrices(self, lineage):
         """The matrices of a finished task. They never change."""
+        number = lineage[0]
         pool = torch.where(self.reads(lineage), self.frozen, 0.0)
-        return self.matrices(pool, self.routers[name].to(pool.device))
+        return self.matrices(pool, self.routers[number].to(pool.device))
 
     def delta(self, x, matrices):
         """What all experts add for the tokens x (B, T, D): (B, T, O)."""
         A_and_to_logits, scaled_B = matrices
         E, R = self.config.num_experts, self.config.rank
-        # The experts are fp32 although the base may be bf16, and although autocast may be on.
+        # The experts are fp32 even if the base is bf16, or autocast is on. In bf16, small steps of
+        # the optimizer would be rounded away.
         with autocast_off(x.device):
             products = x.float() @ A_and_to_logits  # (B, T, E*R + E)
             hidden, logits = products.split([E * R, E], dim=-1)
@@ -394,7 +405,9 @@ class SubExperts(nn.Module):
         return self
 
     def _save_to_state_dict(self, *args):
-        # state_dict() holds the base and the open task. When no task is open, it is the base alone.
+        # state_dict() holds the base and the Parameters of the open task. When no task is open, it
+        # is the base alone. To go on with an open task, call begin_task with the same source and
+        # need before load_state_dict: these are not in it.
         if self.is_open:
             super()._save_to_state_dict(*args)
 
@@ -417,8 +430,7 @@ class MoSE:
     """Attaches SubExperts to the target layers of a model, and manages the tasks.
 
     layers  the SubExperts, in the order of the model's layers
-    tasks   {name: lineage} of the finished tasks, in the order of learning. A lineage is a list of
-            numbers: that of the task, that of its source, and so on.
+    tasks   {name: lineage} of the finished tasks, in the order of learning
     open    name of the task that is being learned, or None. `lineage` is its lineage, and
             `open_sums` has the sums for its key.
     active  the task in force, which the forward pass applies: what `set_task` got
@@ -429,14 +441,16 @@ class MoSE:
     def __init__(self, model, config=None):
         """Attach to a causal language model and freeze it.
 
-        Raises ValueError if a target is not in the model, or if the model can't be adapted.
+        Of a multimodal model, pass only its language model: otherwise layers of the image encoder
+        that have the names of targets get experts too. Raises ValueError if a target is not in the
+        model, or if the model can't be adapted.
         """
         self.model = model
         self.config = config or MoSEConfig()
         self.tasks = {}
-        self.open = None
+        self.open, self.lineage, self.open_sums = None, None, None
         self.active = None
-        self.last_number = 0  # of the newest task; a number is never used twice
+        self.last_number = 0  # the number of the newest task; none is used twice
         check_model(model)
         targets = find_targets(model, self.config.targets)
         self._remember_base(targets)
@@ -505,7 +519,7 @@ class MoSE:
         generator = torch.Generator("cpu").manual_seed(seed)
         self.lineage = [self.last_number + 1, *self.tasks.get(source, [])]
         for layer in self.layers:
-            layer.begin(self.lineage, source, need, generator)
+            layer.begin(self.lineage, need, generator)
         # A task with a source may get no new entry: then its routers learn alone.
         expect(source is not None or any(layer.can_learn() for layer in self.layers),
                f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
@@ -518,7 +532,7 @@ class MoSE:
         self.set_task(name)
 
     def _check_open(self):
-        """Raise ValueError unless a task is open, and all is as it was when it began."""
+        """Raise ValueError unless a task is open, the hooks are there and the base is frozen."""
         expect(self.open is not None, "no task is open: call begin_task(name) first")
         check_layers(self.model, self.layers)
         check_frozen(self.model, self.layers)
@@ -545,7 +559,7 @@ class MoSE:
         has_key = self.open_sums["count"] > 0
         learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
         for layer, what in zip(self.layers, learned):
-            layer.finish(name, number, *what)
+            layer.finish(number, *what)
         self.tasks[name] = self.lineage
         self.open = None
         self.set_task(None)  # so the bare base is in force if anything below fails
@@ -567,10 +581,10 @@ class MoSE:
 
         task: a name, or None for the bare base, or a list. A list has a finished task, or None, for
         each row of the batch; the open task can't be in it. `generate` repeats each example for
-        beams and for several answers: repeat its name as often. Keep the task until after
-        backward(), since gradient checkpointing runs the forward pass once more. Only the open task
-        learns: put it in force again before you go on training. Raises ValueError for a task that
-        is not known.
+        beams and for several answers, so repeat its name as often, side by side: with two beams,
+        ["FOMC", "FOMC", "Py150", "Py150"]. Keep the task until after backward(), since gradient
+        checkpointing runs the forward pass once more. Only the open task learns: put it in force
+        again before you go on training. Raises ValueError for a task that is not known.
         """
         expect(task is None or isinstance(task, (str, list)),
                f"task: got {task!r}, expected a name, None or a list of names")
@@ -586,24 +600,20 @@ class MoSE:
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
         if task is not None:  # the bare base needs no experts
             check_layers(self.model, self.layers)
-        rows_of = {}  # {name: its rows of the batch, or None for all rows}
-        for name in self.tasks:
-            if name not in names:
-                continue
-            if is_list:
-                rows_of[name] = [i for i, other in enumerate(names) if other == name]
-            else:
-                rows_of[name] = None
+        finished = [name for name in self.tasks if name in names]
         # All matrices are made first: a failure must not leave layers with different tasks.
         in_force = []
         for layer in self.layers:
-            in_force.append([])
-            for name, rows in rows_of.items():
-                if rows is not None:
+            pairs = []
+            for name in finished:
+                rows = None
+                if is_list:
+                    rows = [i for i, other in enumerate(names) if other == name]
                     rows = torch.tensor(rows, device=layer.frozen.device)
-                in_force[-1].append((rows, layer.finished_matrices(name, self.tasks[name])))
-        for layer, tasks in zip(self.layers, in_force):
-            layer.in_force = tasks
+                pairs.append((rows, layer.finished_matrices(self.tasks[name])))
+            in_force.append(pairs)
+        for layer, pairs in zip(self.layers, in_force):
+            layer.in_force = pairs
             layer.learning = learning
             layer.num_rows = len(names) if is_list else None
         self.active = names if is_list else task
@@ -623,8 +633,8 @@ class MoSE:
         finally:
             names = before if isinstance(before, list) else [before]
             finished = all(name is None or name in self.tasks for name in names)
-            there = finished or before == self.open
-            self.set_task(before if there else None)
+            still_there = finished or before == self.open
+            self.set_task(before if still_there else None)
 
     # ---- which task a prompt belongs to
 
@@ -676,7 +686,7 @@ class MoSE:
         modules = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in modules]
 
-    # ---- tasks that go, and tasks with a new name
+    # ---- forget and rename
 
     def forget(self, name):
         """Remove a finished task, or drop the open one. While one is open, only that one can go.
@@ -686,12 +696,15 @@ class MoSE:
         known = [*self.tasks] if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}"
                + (", since this task is open" if self.open is not None else ""))
-        self.tasks.pop(name, None)
+        if name == self.open:
+            number, *_ = self.lineage
+        else:
+            number, *_ = self.tasks.pop(name)
         self.keys.tasks.pop(name, None)
         self.open = None
         for layer in self.layers:
             layer.is_open = False
-            layer.routers.pop(name, None)
+            layer.routers.pop(number, None)
             layer.keep_only(self.tasks.values())
         in_force = self.active if isinstance(self.active, list) else [self.active]
         if name in in_force:
@@ -707,8 +720,6 @@ class MoSE:
             return {new if name == old else name: record for name, record in records.items()}
 
         self.tasks, self.keys.tasks = renamed(self.tasks), renamed(self.keys.tasks)
-        for layer in self.layers:
-            layer.routers = renamed(layer.routers)
         if isinstance(self.active, list):
             self.active = [new if name == old else name for name in self.active]
         elif self.active == old:
@@ -788,8 +799,8 @@ class MoSE:
         # This object keeps the rounded one, so it finds the same tasks as one that loads the file.
         self.keys.restore(*self.keys.state())
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
-        routers = {name: torch.stack([layer.routers[name] for layer in self.layers])
-                   for name in self.tasks}  # {name: (layers, E, P)}
+        routers = {number: torch.stack([layer.routers[number] for layer in self.layers])
+                   for number, *_ in self.tasks.values()}  # {number: (layers, E, P)}
         buffer = io.BytesIO()
         torch.save({
             "config": dataclasses.asdict(self.config), "base": self.base,
@@ -867,12 +878,14 @@ class MoSE:
                    "it has entries outside of the pools")
             owner[places] = number
             frozen[places] = values
+        numbers = {number for number, *_ in tasks.values()}
+        expect(len(numbers) == len(tasks), "two of its tasks have the same number")
         shape = len(self.layers), *self.layers[0].router.shape
         for name, lineage in tasks.items():
             expect(0 < min(lineage) and max(lineage) <= last_number,
                    f"task {name!r} has the lineage {lineage}, expected numbers 1 to {last_number}")
-            expect(routers[name].shape == shape,
-                   f"the routers of {name!r} are {tuple(routers[name].shape)}, expected {shape}")
+            found = tuple(routers[lineage[0]].shape)
+            expect(found == shape, f"the routers of {name!r} are {found}, expected {shape}")
         self.keys.restore(*keys)
         expect({*self.keys.tasks} <= {*tasks}, "it has the key of a task that is not there")
         self.last_number, self.tasks, self.packed = last_number, tasks, entries
@@ -880,7 +893,7 @@ class MoSE:
         for i, (layer, own_owner, own_frozen) in enumerate(parts):
             layer.owner.copy_(own_owner)
             layer.frozen.copy_(own_frozen)
-            layer.routers = {name: routers[name][i].clone() for name in tasks}
+            layer.routers = {number: routers[number][i].clone() for number, *_ in tasks.values()}
 
 
 # ------------------------------------------------------------------------------ task keys
@@ -889,9 +902,9 @@ class TaskKeys:
     """How a prompt finds its task: each task is a distribution of mean token embeddings.
 
     x is a prompt as numbers, m the mean of a task's prompts, and s their standard deviation,
-    one number for all dimensions. All three are without the text that all tasks share
-    (`own_text`). S is the mean of s over all tasks. C is the shape of a covariance that all
-    tasks share. Its mean variance is 1.
+    one number for all dimensions. All three are without the text that all tasks share: `infer`
+    and `own_text` take it out. S is the mean of s over all tasks. C is the shape of a covariance
+    that all tasks share. Its mean variance is 1.
 
         distance   = (x - m)^T C^-1 (x - m) / dim,  dim = key_dim
         likelihood = (1 + dim / FREEDOM * distance / v) ^ (-(FREEDOM + dim) / 2) / v^(dim / 2)
@@ -915,8 +928,9 @@ class TaskKeys:
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (key_dim, key_dim), C is made of it: the sum of all scatter matrices, each divided as
-            `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T. It
-            stays when a task is forgotten, since it tells how prompts differ in general.
+            `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T.
+    count   number of all prompts in `pooled`. Both stay as they are when a task is forgotten, since
+            they tell how prompts differ in general.
     """
 
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
@@ -945,6 +959,7 @@ class TaskKeys:
         self.projection = fixed_signs(D, key_dim)
         self.tasks = {}
         self.pooled = torch.zeros(key_dim, key_dim, dtype=torch.float64, device="cpu")
+        self.count = 0
 
     # ---- a prompt as numbers
 
@@ -1031,6 +1046,7 @@ class TaskKeys:
         # divided by the variance, it would count like any other, though such tasks are harder to
         # tell apart. So it is divided by sqrt(variance).
         self.pooled += scatter / math.sqrt(variance)
+        self.count += more
 
     # ---- which task
 
@@ -1052,11 +1068,11 @@ class TaskKeys:
         typical_deviation = sum(deviation for _, deviation in tasks) / len(tasks)
 
         dim = len(self.pooled)
-        # Of mean variance 1, so that SHRINKAGE does not depend on the scale of the embeddings; and
-        # once more after it, so that distances do not depend on it.
+        # It is scaled to a mean variance of 1 twice: before it is shrunk, so that SHRINKAGE does
+        # not depend on the scale of the embeddings, and after it, so that distances do not depend
+        # on SHRINKAGE.
         covariance = self.pooled / self.pooled.diagonal().mean()
-        count = sum(count for count, _, _, _ in self.tasks.values())
-        covariance += self.SHRINKAGE * dim / count * torch.eye(dim, **CPU_FP32)
+        covariance += self.SHRINKAGE * dim / self.count * torch.eye(dim, **CPU_FP32)
         covariance /= covariance.diagonal().mean()
         root = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
@@ -1073,8 +1089,8 @@ class TaskKeys:
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
         # CHOICE: "none of the tasks" is one more class, a Gaussian at the mean of the best task,
         # and WIDER times as wide. Without it, a prompt far from every task would belong to the
-        # nearest for sure. These are the log odds of none against the best task. With WIDER = 3
-        # they are 0 at the ratio 2.5.
+        # nearest for sure. (`log_odds` are those of none against the best task. With WIDER = 3 they
+        # are 0 at the ratio 2.5.)
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
@@ -1110,17 +1126,19 @@ class TaskKeys:
         """What a file holds: of `pooled` only its root, a triangle, in bf16."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
         root = torch.linalg.cholesky(self.pooled) if self.pooled.any() else self.pooled
-        return self.tasks, root[rows, columns].bfloat16()
+        return self.tasks, self.count, root[rows, columns].bfloat16()
 
     @torch.inference_mode(False)
-    def restore(self, tasks, triangle):
+    def restore(self, tasks, count, triangle):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
         fits = all(len(mean) == len(self.pooled) for _, mean, _, _ in tasks.values())
         expect(fits and triangle.shape == rows.shape, "its keys have another size")
+        prompts = sum(had for had, _, _, _ in tasks.values())
+        expect(count >= prompts, f"its keys are of {count} prompts, expected at least {prompts}")
         root = torch.zeros_like(self.pooled)
         root[rows, columns] = triangle.double()
-        self.tasks, self.pooled = tasks, root @ root.T
+        self.tasks, self.count, self.pooled = tasks, count, root @ root.T
 
     def key_bytes(self):
         """{task: bytes of its key}. The covariance, which all share, counts with the first one."""
@@ -1133,7 +1151,7 @@ class TaskKeys:
 
 # ------------------------------------------------------------------------------ helpers
 
-FORMAT = b"MoSE 4\n"  # how the files begin that `save` writes
+FORMAT = b"MoSE 5\n"  # how the files begin that `save` writes
 
 
 def plain_str(name):
@@ -1196,7 +1214,8 @@ def check_model(model):
     owners = [type(owner).__name__ for owner in hooks_of(model).values()]
     there = "SubExperts" in owners or any(name.endswith("sub_experts") for name in names)
     expect(not there,
-           "a MoSE is attached to this model already: detach() it first")
+           "a MoSE is attached to this model already: detach() it first. (A deepcopy of the model "
+           "alone can't be detached: copy the MoSE, with its model in it)")
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     expect(not meta, f"part of the base is offloaded (meta device): {meta[:3]}. Attach first, and "
                      "offload then")
@@ -1285,7 +1304,8 @@ def expect_rows(x, rows):
     expect(x.dim() >= 3 and len(x) == rows,
            f"a list of {rows} tasks is in force, and a layer got {tuple(x.shape)}: expected as "
            "many rows. generate() repeats each example for beams and for several answers: repeat "
-           "its name as often. A layer that gets tokens without their batch takes one task only")
+           "its name as often, side by side. A layer that gets tokens without their batch takes "
+           "one task only")
 
 
 def compressed(numbers):
@@ -1357,7 +1377,9 @@ def numbers_of(tensor):
     W = W.reshape(len(W) if W.dim() > 1 else 1, -1)
     u, V = fixed_signs(1, len(W)).to(W), fixed_signs(W.shape[1], 2).to(W)
     norm = W.norm()
-    return torch.cat([(u @ W @ V / norm)[0], norm.log()[None]]).nan_to_num().tolist()
+    with autocast_off(W.device):
+        products = (u @ W @ V / norm)[0]
+    return torch.cat([products, norm.log()[None]]).nan_to_num().tolist()
 
 
 def fingerprint(model):
@@ -1385,8 +1407,9 @@ def fingerprint(model):
     result["frequencies of positions"] = [number for wave in waves for number in wave]
     # Two settings of dynamic positions can have the same frequencies until a batch is long, so the
     # settings are compared too.
-    config = model.config.to_dict() if hasattr(model, "config") else {}
-    for name, value in leaves(config):
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}  # there are other configs
+    for name, value in leaves(settings):
         if "rope_" in name:
             for group in ("rope_parameters.", "rope_scaling."):  # in transformers 5, and in 4
                 name = name.replace(group, "")
@@ -1424,7 +1447,9 @@ def leaves(tree, path=""):
 def differences(saved, here, needed):
     """What differs between two fingerprints, by name; [] if they are of the same base.
 
-    Only what both have is compared, since versions of transformers name some tensors differently.
+    A base whose weights were changed by some thousandths counts as the same, since rounding changes
+    as much. Only what both have is compared: versions of transformers name some tensors
+    differently.
     But each module in `needed` (paths of adapted layers and embeddings) must have a tensor in both.
     """
     both = [name for name in saved if name in here]

@@ -227,7 +227,7 @@ def test_a_token_goes_to_exactly_k_experts_and_the_router_decides_which(guard, m
     mose = learn(attach(num_experts=8, rank=2, top_k=2, density=0.5), "a")
     before = snapshot(mose, "a")
     for layer in mose.layers:
-        layer.routers["a"] = layer.routers["a"].flip(0)  # expert e gets the tokens of E - 1 - e
+        layer.routers[1] = layer.routers[1].flip(0)  # expert e gets the tokens of E - 1 - e
     assert torch.equal(snapshot(mose, "a"), before) == (not guard)
 
 
@@ -262,9 +262,9 @@ def test_experts_are_fp32_whatever_the_base_and_autocast_are(dtype, auto, guard,
 # ------------------------------------------------------------------------------ the life of a task
 
 
-def begin_without_new_weights(layer, lineage, source, need, generator, begin=SubExperts.begin):
+def begin_without_new_weights(layer, lineage, need, generator, begin=SubExperts.begin):
     before = layer.weight.detach().clone()
-    begin(layer, lineage, source, need, generator)
+    begin(layer, lineage, need, generator)
     layer.weight.data.copy_(before)
 
 
@@ -493,9 +493,9 @@ def begin_that_keeps_what_is_used(layer, *given, begin=SubExperts.begin):
     layer.weight.data[used] = before[used]  # so only the optimizer can change it
 
 
-def finished_from_the_weights(layer, name, lineage):
+def finished_from_the_weights(layer, lineage):
     pool = torch.where(layer.reads(lineage), layer.weight.detach(), 0.0)
-    return layer.matrices(pool, layer.routers[name])
+    return layer.matrices(pool, layer.routers[lineage[0]])
 
 
 def select_from_all(layer):
@@ -539,9 +539,9 @@ def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
     mose = attach()
     layer, optimizer = mose.layers[0], adam(mose)
     learn(mose, "a", optimizer=optimizer).begin_task("b")
-    frozen, stored_router, weight = copy.deepcopy([layer.frozen, layer.routers["a"], layer.weight])
+    frozen, stored_router, weight = copy.deepcopy([layer.frozen, layer.routers[1], layer.weight])
     step(mose.model, optimizer, data("b"))
-    assert torch.equal(layer.frozen, frozen) and torch.equal(layer.routers["a"], stored_router)
+    assert torch.equal(layer.frozen, frozen) and torch.equal(layer.routers[1], stored_router)
     used = layer.owner > 0
     assert not layer.weight.grad[used].any()
     assert (layer.weight != weight)[used].any()  # control: weight decay moves them all the same
@@ -927,7 +927,7 @@ def test_a_file_fits_its_base_in_any_precision_and_only_whole(tmp_path):
         assert again.tasks == {"a": [1]}
         for one, two in zip(mose.layers, again.layers):
             assert torch.equal(one.owner, two.owner) and torch.equal(one.frozen, two.frozen)
-            assert torch.equal(one.routers["a"], two.routers["a"])
+            assert torch.equal(one.routers[1], two.routers[1])
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
     refuses("1 differ: model.layers.0.mlp.up_proj", MoSE.load, other, path)
     refuses("no linear layer has the name.*there are", MoSE.load, tiny("fused"), path)

@@ -52,7 +52,7 @@ def round_to_bf16(adapter):
         return
     for layer in adapter.layers:
         layer.frozen.copy_(layer.frozen.bfloat16())
-        layer.routers = {name: router.bfloat16().float() for name, router in layer.routers.items()}
+        layer.routers = {n: router.bfloat16().float() for n, router in layer.routers.items()}
 
 
 def save(adapter, file):

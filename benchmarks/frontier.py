@@ -2,7 +2,7 @@
 
     python -m benchmarks.frontier tiny      # all runs on tiny-llm, into runs/frontier
     python -m benchmarks.frontier memory    # ways to learn with less memory (needs bitsandbytes)
-    python -m benchmarks.frontier peft      # SHiRA and VeRA of peft (needs peft)
+    python -m benchmarks.frontier peft      # SHiRA, VeRA and LoRAs with a frozen A (needs peft)
     python -m benchmarks.frontier report    # results/frontier.json, .md and .png of all that ran
 
 Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
@@ -52,8 +52,8 @@ CHANGES = {
     "": "",
     # A is as wide as in the method, but of free entries, learned and kept: width that is not free.
     "free A": """
-def begin(layer, lineage, source, need, generator, begin=SubExperts.begin):
-    begin(layer, lineage, source, need, generator)
+def begin(layer, lineage, need, generator, begin=SubExperts.begin):
+    begin(layer, lineage, need, generator)
     used_by_the_method = 1 - (1 - layer.config.density) ** lineage[0]  # with this task's own
     layer.num_new[0] = int(used_by_the_method * layer.size_A)
 SubExperts.begin = begin
@@ -66,8 +66,8 @@ SubExperts.reads = lambda layer, lineage: torch.isin(layer.owner, layer.owner.ne
     # A is drawn once, from a hash, and is the same for all tasks: it is never learned or stored.
     "fixed A": """
 signs = functools.lru_cache(mose.fixed_signs)
-def begin(layer, lineage, source, need, generator, begin=SubExperts.begin):
-    begin(layer, lineage, source, need, generator)
+def begin(layer, lineage, need, generator, begin=SubExperts.begin):
+    begin(layer, lineage, need, generator)
     layer.num_new[0] = 0
 def matrices(layer, pool, router, matrices=SubExperts.matrices):
     D, width = layer.shape_A
@@ -92,18 +92,19 @@ CHANGES["8-bit Adam"] = """
 import bitsandbytes
 torch.optim.AdamW = bitsandbytes.optim.AdamW8bit
 """
-for kind in ("SHiRA", "VeRA"):
+for kind in ("SHiRA", "VeRA", "FrozenA"):
     CHANGES[kind] = f"""
 from benchmarks import peft_tasks
 from tracebench import methods
 methods.KINDS["task_lora"] = peft_tasks.{kind}
 peft_tasks.SEED = int(sys.argv[sys.argv.index("--seeds") + 1])
 """
-# {kind: (rank, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and such a VeRA
+# {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and such a VeRA
 # has one and a half times as many bytes. The last rates were added since the largest before them was
-# the best.
-PEFT = {"VeRA": (256, ("1e-2", "3e-2", "1e-1", "3e-1")),
-        "SHiRA": (1, ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1"))}
+# the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs of half their rank.
+PEFT = {"VeRA": ((256,), ("1e-2", "3e-2", "1e-1", "3e-1")),
+        "SHiRA": ((1,), ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1")),
+        "FrozenA": ((2, 4), ("1e-2", "2e-2", "5e-2", "1e-1"))}
 SCRIPT = """
 import functools, math, sys, torch, mose, train_trace
 from mose import SubExperts
@@ -356,10 +357,11 @@ def main():
             if args.what == "memory":
                 return run(memory_jobs())
             if args.what == "peft":
-                for kind, (rank, rates) in PEFT.items():  # their scale is peft's own
-                    run(search(kind, kind, rank, rates, [LORA_SCALE]))
-                    found = best(folder, kind, rank, rates, [LORA_SCALE])
-                    run(final(kind, kind, rank, *found))
+                for kind, (ranks, rates) in PEFT.items():  # SHiRA and VeRA use no scale
+                    for rank in ranks:
+                        run(search(kind, kind, rank, rates, [LORA_SCALE]))
+                        found = best(folder, kind, rank, rates, [LORA_SCALE])
+                        run(final(kind, kind, rank, *found))
                 return
             every = jobs()
             run({name: job for name, job in every.items() if name.startswith("search")})

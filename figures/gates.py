@@ -32,10 +32,11 @@ def owners(adapter, layer):
 def gates_of(adapter, task, input_ids, attention_mask=None):
     """The gates (B, T, E) of each layer, for tokens (B, T) under one finished task."""
     found = {}
+    number, *_ = adapter.tasks[task]
 
     def note(layer, inputs, out):
         experts = layer.sub_experts
-        router = experts.routers[task].to(inputs[0].device)
+        router = experts.routers[number].to(inputs[0].device)
         logits = inputs[0].float() @ experts.projection @ router.T  # (B, T, E)
         found[experts] = top_k_gates(logits, adapter.config.top_k)
 

@@ -1,5 +1,6 @@
 """At home in other people's code: casts, beams, state_dict, inference mode, threads, odd bases."""
 
+import contextlib
 import copy
 import sys
 import threading
@@ -7,6 +8,7 @@ import threading
 import pytest
 import torch
 
+import mose as own
 from mose import MoSE, MoSEConfig, SubExperts, TaskKeys, fixed_signs
 from test_mose import (  # noqa: F401
     attach, checkpoint, data, guard, learn, refuses, snapshot, step, tiny)
@@ -321,7 +323,7 @@ def test_where_warnings_are_errors_a_task_without_a_key_is_finished_all_the_same
 @pytest.mark.parametrize("in_force", ["b", "a", ["a", None]])
 def test_a_task_that_could_not_be_put_in_force_when_it_ended_leaves_the_bare_base(
         in_force, monkeypatch):
-    def no_memory(layer, name, lineage):
+    def no_memory(layer, lineage):
         raise torch.OutOfMemoryError
 
     mose = learn(learn(attach(), "a"), "b", end=False)
@@ -476,6 +478,18 @@ def test_prompts_that_come_later_one_by_one_count_as_much_as_together(guard, mon
     assert (abs(ratio - 1) < 0.05) == guard
 
 
+def test_what_prompts_have_in_common_is_still_known_when_a_task_is_forgotten(guard, monkeypatch):
+    """Their covariance is shrunk by the number of all prompts that it was made of."""
+    mose, covariances, cholesky = learn(attach(), *"abc"), [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda c: covariances.append(c) or cholesky(c))
+    mose.infer_task(data("a"))
+    mose.forget("b")
+    if not guard:  # off: by the number of prompts of the tasks that are left
+        mose.keys.count = sum(count for count, _, _, _ in mose.keys.tasks.values())
+    mose.infer_task(data("a"))
+    assert torch.equal(*covariances) == guard
+
+
 def test_a_new_task_can_be_trained_whatever_was_switched_off_before(guard, monkeypatch):
     mose = attach()
     mose.model.requires_grad_(False)
@@ -513,6 +527,20 @@ def test_training_goes_on_after_inference_mode(what, guard, monkeypatch, tmp_pat
 
 
 # ------------------------------------------------------------------------------ the same base
+
+
+def test_a_base_is_the_same_under_autocast(guard, monkeypatch):
+    guard or monkeypatch.setattr(own, "autocast_off", lambda device: contextlib.nullcontext())
+    codes = torch.randint(2**31 - 1, (8, 8), dtype=torch.int32)  # as GPTQ packs its weights
+    plain = own.numbers_of(codes)
+    with torch.autocast("cpu", torch.float16):
+        assert (own.numbers_of(codes) == plain) == guard
+
+
+def test_a_model_may_have_a_config_that_is_not_one_of_transformers():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model.config = {"n_layer": 12}
+    assert {*own.fingerprint(model)} > {"0.weight"}
 
 
 def swapped_rows(model):
@@ -625,7 +653,7 @@ def test_gates_are_fp32_though_the_task_was_set_under_autocast():
     before, layer = snapshot(mose, "a")[0], mose.layers[0]
     with torch.autocast("cpu", torch.bfloat16):
         mose.set_task("a")
-        rounded = layer.projection @ layer.routers["a"].mT
+        rounded = layer.projection @ layer.routers[1].mT
     assert rounded.dtype == torch.bfloat16  # control: this is what autocast does to such a product
     assert {matrix.dtype for matrix in layer.in_force[0][1]} == {torch.float32}
     assert torch.equal(mose.model(data("a")).logits, before)

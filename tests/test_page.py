@@ -247,7 +247,7 @@ def test_tokens_and_what_the_key_finds(run, visit):
         model(ids)
     handle.remove()
     layer = mose.layers[2]
-    gates = torch.softmax(x[0][0] @ layer.projection @ layer.routers[TASKS[0]].T, -1)[-96:]
+    gates = torch.softmax(x[0][0] @ layer.projection @ layer.routers[1].T, -1)[-96:]
     said = page.evaluate("[...document.querySelectorAll('#gates-table tbody tr')].map("
                          "row => row.cells[3].querySelector('.spoken').textContent)")
     for text, row in zip(said, gates, strict=True):

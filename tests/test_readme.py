@@ -21,11 +21,13 @@ from figures import page as run_page
 from figures import report
 from tracebench.methods import METHODS, RATE_TIMES_ROOT_OF_WIDTH, rate
 from tracebench.options import Args
+from tracebench.scores import backward_transfer, mean
 
 ROOT = Path(__file__).resolve().parent.parent
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+PAGES = README + (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGES, re.S)
 
 
 def tags():
@@ -49,8 +51,8 @@ def test_the_table_of_choices_is_that_of_the_code():
 
 
 def rows_of(name):
-    """{first cell: other cells} of the table of the README below the line `<!-- name -->`."""
-    text = README.split(f"<!-- {name} -->")[1]
+    """{first cell: other cells} of the table of either page below the line `<!-- name -->`."""
+    _, text = PAGES.split(f"<!-- {name} -->")
     table = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
     return {row[0]: row[1:] for row in cells}
@@ -73,7 +75,45 @@ def test_the_tables_of_the_readme_are_those_of_the_json(name, start):
         assert size == (f"{statistics.mean(sizes) / 1e6:.2f}" if sizes else "")
 
 
-# {what the README calls a row of its table of tiny-llm: its runs}
+# {what the first table of the README calls a row: its runs on tiny-llm and on SmolLM2}
+BOTH = {
+    "a LoRA of rank 8 for each task": (frontier.LORAS[3], "task_lora"),
+    "a LoRA of rank 1 for each task": (frontier.LORAS[0], "task_lora r1 1e-2"),
+    "a VeRA of rank 256 for each task": ("VeRA r256 1e-1", None),
+    "**MoSEs**, the default": ("mose 0.01", "mose 1e-2"),
+    "MoSEs, one expert": ("one expert 0.01", "one expert 4.3e-3"),
+    "MoSEs, density 0.003": ("mose 0.003", "mose .003 4.3e-3"),
+}
+
+
+def test_the_first_table_of_the_readme_is_that_of_the_json():
+    tiny = frontier.groups(json.loads((ROOT / "results/frontier.json").read_text()))
+    large = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), "long ")
+    rows = rows_of("both")
+    assert {*rows} == {*BOTH}
+    for name, (op, size, *smol) in rows.items():
+        small, other = BOTH[name]
+        runs = tiny[small].values()
+        assert op == report.spread([r["op"] for r in runs])
+        assert size == f"{statistics.mean(map(frontier.size, runs)) / 1000:.1f}"
+        runs = large[other] if other else []
+        assert smol == ([report.spread([r["op"] for r in runs]),
+                         f"{statistics.mean(map(frontier.size, runs)) / 1000:,.0f}"]
+                        if runs else ["not measured", "not measured"])
+
+
+def test_what_the_first_command_gives_is_that_of_the_page_of_its_run():
+    page = (ROOT / "results/page.html").read_text(encoding="utf-8")
+    data, = re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.S)
+    methods = json.loads(data)["methods"]
+    rows = rows_of("default")
+    assert len(rows) == len(methods) == 4
+    for name, cells in rows.items():
+        R = methods[re.search(r"`(.+?)`", name)[1]]["R"]
+        assert cells == [report.spread([x]) for x in (mean(R[-1]), backward_transfer(R))]
+
+
+# {what the page on measurements calls a row of its table of tiny-llm: its runs}
 FRONTIER = {
     **{f"a LoRA of rank {r}": name for r, name in zip((1, 2, 4, 8), frontier.LORAS)},
     "a VeRA of rank 256": "VeRA r256 1e-1",
@@ -134,8 +174,8 @@ def test_the_page_on_smollm2_is_that_of_its_json():
 def test_the_runs_of_the_benchmarks_have_options_that_are_there():
     jobs = {f"{what} {name}": options for what in smollm2.RUNS
             for name, options in smollm2.jobs(what, "trace_500").items()}
-    searches = [frontier.search(kind, kind, *found, frontier.SCALES)
-                for kind, found in frontier.PEFT.items()]
+    searches = [frontier.search(kind, kind, rank, rates, frontier.SCALES)
+                for kind, (ranks, rates) in frontier.PEFT.items() for rank in ranks]
     for some in (frontier.jobs(), frontier.memory_jobs(), *searches):
         jobs |= {name: options for name, (_, options) in some.items()}
     for options in jobs.values():
@@ -165,13 +205,13 @@ def test_the_speed_table_is_that_of_the_json():
 
 def test_numbers_with_a_deviation_stand_in_a_file_of_results():
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "results").glob("*.md"))
-    text = re.sub(r"(?m)^\|.*$", "", README)  # the tables have tests of their own
+    text = re.sub(r"(?m)^\|.*$", "", PAGES)  # the tables have tests of their own
     numbers = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", text)
     assert [n for n in numbers if n not in pages] == []
 
 
 def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
-    block, answering, *_ = (text for kind, text in BLOCKS if kind == "python")
+    block, answering = (text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10
     model, tokenizer = train_trace.load_model(Args(device="cpu"))

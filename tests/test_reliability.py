@@ -204,7 +204,7 @@ def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch
     assert all(unchanged) == guard
     if not guard:
         return
-    assert not any("b" in layer.routers for layer in mose.layers)
+    assert not any(2 in layer.routers for layer in mose.layers)
     mose.end_task()
     whole.end_task()
     mose.save(tmp_path / "m")
@@ -318,7 +318,8 @@ EDITS = {
     "a target that is not there": lambda c: c["config"].update(targets=("nope",)),
     "a field more": lambda c: c["config"].update(depth=3),
     "another key_dim": lambda c: c["config"].update(key_dim=8),
-    "a task without router": lambda c: c["tasks"].update(z=[1]),
+    "a task without router": lambda c: c["tasks"].update(z=[9]) or c.update(last_number=9),
+    "two tasks of one number": lambda c: c["tasks"].update(z=[1]),
     "a task of a later number": lambda c: c["tasks"].update(a=[9]),
     "a task of number 0": lambda c: c["tasks"].update(a=[0]),
     "a task without number": lambda c: c["tasks"].update(a=[]),
@@ -334,12 +335,13 @@ EDITS = {
     "a place beyond the pools": entry(count=1, gaps=of([2**31 - 1]), values=of([1.0])),
     "a place before the pools": entry(count=1, gaps=of([0]), values=of([1.0])),
     "a value that is not finite": entry(count=1, gaps=of([1]), values=of([torch.nan])),
-    "a layer too few": lambda c: c["routers"].update(a=c["routers"]["a"][1:]),
-    "a router of other size": lambda c: c["routers"].update(a=torch.ones(4, 8, 9)),
+    "a layer too few": lambda c: c["routers"].update({1: c["routers"][1][1:]}),
+    "a router of other size": lambda c: c["routers"].update({1: torch.ones(4, 8, 9)}),
     "a key of no task": lambda c: c["keys"][0].update(z=c["keys"][0]["a"]),
     "a mean of other size": lambda c: c["keys"][0].update(a=(4, torch.ones(9), 1.0, {})),
     "half a key": lambda c: c["keys"][0].update(a=(4, torch.ones(32))),
-    "a triangle of other size": lambda c: c.update(keys=(c["keys"][0], torch.ones(9), 4)),
+    "a triangle of other size": lambda c: c.update(keys=(*c["keys"][:2], torch.ones(9))),
+    "too few prompts": lambda c: c.update(keys=(c["keys"][0], 0, c["keys"][2])),
 }
 
 
@@ -429,7 +431,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "infinite weight": ("weights that are not finite: forget", lambda m, b, p: infinite(m)),
     "an empty checkpoint": ("its format is b''", lambda m, b, p: load(b"", p)),
     "text as checkpoint": ("its format is b'hellohe'", lambda m, b, p: load(b"hello" * 99, p)),
-    "a checkpoint of before": ("expected b'MoSE 4.n'.*learn its tasks again", lambda m, b, p: load(
+    "a checkpoint of before": ("expected b'MoSE 5.n'.*learn its tasks again", lambda m, b, p: load(
         b"MoSE 3\n" + b"hello" * 99, p)),
     "empty data file": ("can't be read as JSON", lambda m, b, p: from_text("", b, p)),
     "broken JSON": ("can't be read as JSON", lambda m, b, p: from_text("[{", b, p)),

@@ -90,5 +90,5 @@ def test_the_experts_of_a_layer_cost_two_products_with_its_tokens(monkeypatch):
         layer.delta(x, layer.in_force[0][1])
         assert sizes == [(32, 8 * 2 + 8), (8 * 2, 32)]
         sizes.clear()
-        layer.matrices(*(torch.zeros(len(layer.owner)), layer.routers["a"]))
+        layer.matrices(*(torch.zeros(len(layer.owner)), layer.routers[1]))
         assert sizes == [(16, 8)]  # control: made once for a task, and seen by what counts here
