@@ -50,7 +50,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.frontier import ONE_EXPERT
+from benchmarks.frontier import CHANGES, ONE_EXPERT, SCRIPT
 from figures.report import public, spread, standard_error
 from tracebench.methods import METHODS, OURS
 from tracebench.scores import TASKS, mean
@@ -79,6 +79,9 @@ LONG |= {
     "task_lora r1 1e-2": ["--methods", "task_lora", "--lora_rank", "1", "--lora_lr", "1e-2"],
     **{method: ["--methods", method] for method in ("lora", "replay", "joint", "task_lora")},
 }
+# Variants of the code of MoSEs, those of the frontier.
+CHANGED = ("fixed A", "free A", "own alone")
+LONG |= {f"{change} 1e-2": LONG["mose 1e-2"] for change in CHANGED}
 
 
 def jobs(what, data):
@@ -124,11 +127,12 @@ def work(name, options, model):
     file = Path(f"runs/{name}.commit")  # of all its commits: it may have gone on with another
     commits = file.read_text().split(", ") if again else []
     file.write_text(", ".join(dict.fromkeys([*commits, commit])))
-    command = [sys.executable, str(ROOT / "train_trace.py"),
+    change = next((change for change in CHANGED if change in name), "")
+    command = [sys.executable, "-c", SCRIPT, CHANGES[change],
                *(again or ["--model", model, "--name", name, *options])]
     with open(f"runs/{name}.log", "a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env={
-            **os.environ, "OMP_NUM_THREADS": "1"})
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 # ------------------------------------------------------------------------------ the report
