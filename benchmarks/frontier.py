@@ -325,6 +325,7 @@ def draw_points(axis, results):
     for start, label, style, colour in (
             ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2"),
             ("VeRA r256", "a VeRA of rank 256 for each task", "^", "#d55e00"),
+            ("FrozenA r", "a LoRA with a frozen A for each task (rank)", "s:", "#56b4e9"),
             ("SHiRA r1", "a SHiRA for each task, as large as a LoRA of rank 1", "v", "#cc79a7"),
             ("mose 0.", "MoSEs (density)", "o-", "black"),
             ("one expert 0.01", "MoSEs with one expert, density 0.01", "D", "#009e73")):

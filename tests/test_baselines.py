@@ -151,3 +151,23 @@ def test_the_routers_of_fixed_router_stay_as_they_were_drawn():
         adapter.model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
         assert torch.equal(adapter.layers[0].router, drawn) != moves
+
+
+@pytest.mark.parametrize("name, numbers", [
+    ("SHiRA", 4 * 2 * (32 + 32)), ("VeRA", 4 * (2 + 32)), ("FrozenA", 4 * 2 * 32)])
+def test_an_adapter_of_peft_stores_only_what_it_trained(name, numbers, tmp_path, monkeypatch):
+    """Four layers, rank 2. All else is drawn from the seed again."""
+    pytest.importorskip("peft")
+    from benchmarks import peft_tasks
+    kind = getattr(peft_tasks, name)
+    adapter = kind(tiny(), TARGETS, rank=2, scale=4.0)
+    base = logits(adapter, None)
+    learn(adapter, "a")
+    first = logits(adapter, "a")
+    assert not torch.equal(first, base)
+    assert learn(adapter, "b")["new"] == numbers
+    assert torch.equal(logits(adapter, "a"), first) and torch.equal(logits(adapter, None), base)
+    adapter.save(tmp_path / "m")
+    assert torch.equal(logits(kind.load(tiny(), tmp_path / "m"), "a"), first)
+    monkeypatch.setattr(peft_tasks, "SEED", 1)  # control
+    assert not torch.equal(logits(kind.load(tiny(), tmp_path / "m"), "a"), first)

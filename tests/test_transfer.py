@@ -1,10 +1,13 @@
 """A new task may start from a related one: where it starts, whom it chooses, what it takes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import train_trace
-from test_mose import attach, data, learn, reloaded, snapshot, step
+from benchmarks import transfer
+from test_mose import attach, data, learn, reloaded, snapshot, step, tiny
 from tracebench.options import Args
 
 
@@ -99,3 +102,20 @@ def test_the_probe_counts_answers_that_are_not_right_in_every_token(monkeypatch)
     args = Args(tasks="FOMC", max_train=3)
     task, = train_trace.load_tasks(args, tokenizer, model)
     assert train_trace.probe(model, tokenizer, task, args) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("errors, guess, best", [
+    ([0.5, 0.4, 0.9, 0.9, 1.0], 1.0, "FOMC"), ([0.8, 0.8, 0.8, 0.8, 1.0], 1.0, None),
+    ([0.5, 0.4, 0.9, 0.9, 1.0], 0.5, None), ([0.5, 0.3, 0.9, 0.9, 1.0], 0.5, "FOMC")])
+def test_the_lora_that_continues_is_chosen_by_the_rule_of_best_source(
+        errors, guess, best, tmp_path, monkeypatch):
+    """The errors are those of the four earlier LoRAs, and of the base."""
+    for name in transfer.EARLY:
+        lora = train_trace.attach("lora", Args(), tiny())
+        lora.begin_task(name)
+        lora.end_task()
+        lora.save(tmp_path / f"{name}.pt")
+    monkeypatch.setattr(train_trace, "probe", lambda *given, left=iter(errors): next(left))
+    task = SimpleNamespace(error_of_a_constant=lambda: guess)
+    lora = transfer.best_lora((tiny(), None), task, Args(), tmp_path)
+    assert [*lora.tasks] == ([best] if best else [])
