@@ -52,7 +52,8 @@ source, and a prompt its task, is wholly ours.
 DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds.
 
 To learn the method, read down to the line in the middle of the class MoSE that says so. What comes
-after it is saving and checks, with one exception: how a prompt finds its task is in TaskKeys.
+after it is forgetting, saving and checks, with one exception: how a prompt finds its task is in
+TaskKeys.
 """
 
 import contextlib
@@ -297,8 +298,8 @@ class SubExperts(nn.Module):
     def can_learn(self):
         """Whether entries of B can learn, in the task that `begin` has prepared last.
 
-        They need an A that is not 0, of the task itself or inherited. (A task with a source always
-        inherits some.)
+        They need an A that is not 0, of the task itself or inherited. (The new A of a task with a
+        source is 0, but such a task inherits.)
         """
         new_A, new_B = self.num_new
         return new_B > 0 and (new_A > 0 or bool(self.inherited[:self.size_A].any()))
@@ -325,7 +326,7 @@ class SubExperts(nn.Module):
         for lineage in lineages:
             read |= self.reads(lineage)
         self.owner.masked_fill_(~read, 0)
-        self.frozen.masked_fill_(~read, 0.0)  # so nothing of a forgotten task stays in memory
+        self.frozen.masked_fill_(~read, 0.0)  # so it holds nothing of a forgotten task
 
     # ---- the life of a token
 
@@ -706,6 +707,8 @@ class MoSE:
             layer.is_open = False
             layer.routers.pop(number, None)
             layer.keep_only(self.tasks.values())
+        counts = self._counts()
+        self.packed = {n: own for n, own in self.packed.items() if counts.get(n) == own[0]}
         in_force = self.active if isinstance(self.active, list) else [self.active]
         if name in in_force:
             self.set_task(None)
@@ -844,7 +847,7 @@ class MoSE:
         mose = cls(model, config)
         try:
             mose._restore(**state)
-        except (lzma.LZMAError, KeyError, TypeError, ValueError, AttributeError,
+        except (lzma.LZMAError, LookupError, TypeError, ValueError, AttributeError,
                 RuntimeError) as error:
             mose.detach()
             raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
@@ -929,8 +932,7 @@ class TaskKeys:
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (key_dim, key_dim), C is made of it: the sum of all scatter matrices, each divided as
             `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T.
-    count   number of all prompts in `pooled`. Both stay as they are when a task is forgotten, since
-            they tell how prompts differ in general.
+            `pooled` stays when a task is forgotten, since it tells how prompts differ in general.
     """
 
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
@@ -959,7 +961,6 @@ class TaskKeys:
         self.projection = fixed_signs(D, key_dim)
         self.tasks = {}
         self.pooled = torch.zeros(key_dim, key_dim, dtype=torch.float64, device="cpu")
-        self.count = 0
 
     # ---- a prompt as numbers
 
@@ -1046,7 +1047,6 @@ class TaskKeys:
         # divided by the variance, it would count like any other, though such tasks are harder to
         # tell apart. So it is divided by sqrt(variance).
         self.pooled += scatter / math.sqrt(variance)
-        self.count += more
 
     # ---- which task
 
@@ -1072,7 +1072,10 @@ class TaskKeys:
         # not depend on the scale of the embeddings, and after it, so that distances do not depend
         # on SHRINKAGE.
         covariance = self.pooled / self.pooled.diagonal().mean()
-        covariance += self.SHRINKAGE * dim / self.count * torch.eye(dim, **CPU_FP32)
+        # Only the prompts of tasks that are there count: those of a forgotten task may have come
+        # again, say if it was learned with several rates.
+        count = sum(count for count, _, _, _ in self.tasks.values())
+        covariance += self.SHRINKAGE * dim / count * torch.eye(dim, **CPU_FP32)
         covariance /= covariance.diagonal().mean()
         root = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
@@ -1126,19 +1129,17 @@ class TaskKeys:
         """What a file holds: of `pooled` only its root, a triangle, in bf16."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
         root = torch.linalg.cholesky(self.pooled) if self.pooled.any() else self.pooled
-        return self.tasks, self.count, root[rows, columns].bfloat16()
+        return self.tasks, root[rows, columns].bfloat16()
 
     @torch.inference_mode(False)
-    def restore(self, tasks, count, triangle):
+    def restore(self, tasks, triangle):
         """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
         fits = all(len(mean) == len(self.pooled) for _, mean, _, _ in tasks.values())
         expect(fits and triangle.shape == rows.shape, "its keys have another size")
-        prompts = sum(had for had, _, _, _ in tasks.values())
-        expect(count >= prompts, f"its keys are of {count} prompts, expected at least {prompts}")
         root = torch.zeros_like(self.pooled)
         root[rows, columns] = triangle.double()
-        self.tasks, self.count, self.pooled = tasks, count, root @ root.T
+        self.tasks, self.pooled = tasks, root @ root.T
 
     def key_bytes(self):
         """{task: bytes of its key}. The covariance, which all share, counts with the first one."""
@@ -1449,8 +1450,8 @@ def differences(saved, here, needed):
 
     A base whose weights were changed by some thousandths counts as the same, since rounding changes
     as much. Only what both have is compared: versions of transformers name some tensors
-    differently.
-    But each module in `needed` (paths of adapted layers and embeddings) must have a tensor in both.
+    differently. But each module in `needed` (paths of adapted layers and embeddings) must have a
+    tensor in both.
     """
     both = [name for name in saved if name in here]
     wrong = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]

@@ -19,7 +19,7 @@ Rule of the search for the LoRAs on tiny-llm, written before it ran: for each ra
 three rates (LORA_RATES) at scale 4; with this rate, then the best of the scales 2, 4, 8 and 16
 (`eval`, seed 0). For rank 1 the highest rate was the best, so 5e-2 was added. What won became the
 last runs, on `test`. Rank 1 has last runs with 2e-2 too, of an earlier search, and they score
-higher. Where two settings of a rank have last runs, the README and the picture show the one that
+higher. Where two settings of a rank have last runs, docs/measurements.md and the picture show the one that
 scores higher there (LORAS), so that chance in the search is not to the disadvantage of the LoRAs.
 """
 
@@ -42,7 +42,7 @@ DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
 LORA_RATES = {1: ("1e-2", "2e-2", "3e-2", "5e-2"), 2: ("5e-3", "1e-2", "2e-2"),
               4: ("5e-3", "1e-2", "2e-2"), 8: ("5e-3", "1e-2", "2e-2")}
 LORA_SCALE = "4"  # the default; that of LORA_RATES
-# {rank: (rate, scale)} of the LoRAs that the README and the picture show.
+# {rank: (rate, scale)} of the LoRAs that docs/measurements.md and the picture show.
 SHOWN = {1: ("2e-2", "4"), 2: ("1e-2", "8"), 4: ("1e-2", "4"), 8: ("1e-2", "4")}
 ONE_EXPERT = ("--experts", "1", "--rank", "64", "--top_k", "1", "--scale", "4")
 SCALES = ("2", "4", "8", "16")
@@ -99,9 +99,10 @@ from tracebench import methods
 methods.KINDS["task_lora"] = peft_tasks.{kind}
 peft_tasks.SEED = int(sys.argv[sys.argv.index("--seeds") + 1])
 """
-# {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and such a VeRA
-# has one and a half times as many bytes. The last rates were added since the largest before them was
-# the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs of half their rank.
+# {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and a VeRA of rank
+# 256 has one and a half times as many bytes. The last rates of both were added since the largest
+# before them was the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs of half
+# their rank.
 PEFT = {"VeRA": ((256,), ("1e-2", "3e-2", "1e-1", "3e-1")),
         "SHiRA": ((1,), ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1")),
         "FrozenA": ((2, 4), ("1e-2", "2e-2", "5e-2", "1e-1"))}

@@ -478,16 +478,13 @@ def test_prompts_that_come_later_one_by_one_count_as_much_as_together(guard, mon
     assert (abs(ratio - 1) < 0.05) == guard
 
 
-def test_what_prompts_have_in_common_is_still_known_when_a_task_is_forgotten(guard, monkeypatch):
-    """Their covariance is shrunk by the number of all prompts that it was made of."""
-    mose, covariances, cholesky = learn(attach(), *"abc"), [], torch.linalg.cholesky
-    monkeypatch.setattr(torch.linalg, "cholesky", lambda c: covariances.append(c) or cholesky(c))
-    mose.infer_task(data("a"))
+def test_nothing_of_a_forgotten_task_is_kept():
+    mose = learn(attach(), *"ab")
+    only_b = [layer.owner == 2 for layer in mose.layers]
+    assert {*mose.packed} == {1, 2}  # control: what `capacity` compressed is kept for `save`
     mose.forget("b")
-    if not guard:  # off: by the number of prompts of the tasks that are left
-        mose.keys.count = sum(count for count, _, _, _ in mose.keys.tasks.values())
-    mose.infer_task(data("a"))
-    assert torch.equal(*covariances) == guard
+    assert {*mose.packed} == {1} and all({*layer.routers} == {1} for layer in mose.layers)
+    assert not any(layer.frozen[mask].any() for layer, mask in zip(mose.layers, only_b))
 
 
 def test_a_new_task_can_be_trained_whatever_was_switched_off_before(guard, monkeypatch):

@@ -335,13 +335,13 @@ EDITS = {
     "a place beyond the pools": entry(count=1, gaps=of([2**31 - 1]), values=of([1.0])),
     "a place before the pools": entry(count=1, gaps=of([0]), values=of([1.0])),
     "a value that is not finite": entry(count=1, gaps=of([1]), values=of([torch.nan])),
+    "routers as a list": lambda c: c.update(routers=[]),
     "a layer too few": lambda c: c["routers"].update({1: c["routers"][1][1:]}),
     "a router of other size": lambda c: c["routers"].update({1: torch.ones(4, 8, 9)}),
     "a key of no task": lambda c: c["keys"][0].update(z=c["keys"][0]["a"]),
     "a mean of other size": lambda c: c["keys"][0].update(a=(4, torch.ones(9), 1.0, {})),
     "half a key": lambda c: c["keys"][0].update(a=(4, torch.ones(32))),
-    "a triangle of other size": lambda c: c.update(keys=(*c["keys"][:2], torch.ones(9))),
-    "too few prompts": lambda c: c.update(keys=(c["keys"][0], 0, c["keys"][2])),
+    "a triangle of other size": lambda c: c.update(keys=(c["keys"][0], torch.ones(9))),
 }
 
 
