@@ -176,7 +176,7 @@ def rate_of(run):
     """The learning rate of a run, in words."""
     if run["method"] not in OURS:
         return run["args"]["lora_lr"]
-    return run["args"]["lr"] or "4.3e-3, the default of that version"
+    return run["args"]["lr"] or "9.2e-3, the default"
 
 
 def cost(runs):
