@@ -18,8 +18,11 @@ order, and replay takes some more steps):
     joint      one LoRA, trained on all tasks at the same time: the usual upper bound
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
     moe_lora   a mixture of LoRAs without masks, in sequence, with one router for all tasks
-    mose       MoSEs, with the task known (TIL) and inferred from the prompt (TaIL)
+    mose       MoSEs. The task of a test prompt is known (task-incremental learning, TIL), or it is
+               inferred from the prompt (TaIL).
     mose_fixed the same, but its routers stay as they were drawn, and are not trained
+
+By default these are lora, replay, task_lora and mose.
 
 Scores are TRACE's own, decoded greedily (TRACE samples at temperature 0.1). On real TRACE data they
 compare with papers that use its 0.5K split, order and metrics, for the same base model only. No
@@ -56,20 +59,20 @@ from tracebench.model import (
     passes_of_this_process)
 from tracebench.options import ROOT, parse
 from tracebench.runs import (
-    Record, Tested, draw, expect_same_data, facts_of_run, locked_folders, start_anew, unfinished)
+    Record, Tested, draw, note_data, facts_of_run, locked_folders, start_anew, unfinished)
 from tracebench.scores import SCORES, floor, mean
 
 
-def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
+def learn_in_a_row(record, model, tokenizer, tasks, bar):
     """The loop: learn all tasks with one method, and test those seen so far after each of them.
 
     The adapters of the other methods have the same verbs as MoSE. With a LoRA, best_source always
     gives (None, 1.0), and observe does nothing, since it has no key. Where one LoRA serves all
     tasks, set_task takes any name.
-    record: what this method has done so far with this seed, kept on the disk: its adapter, which
-    lessons remain, and all scores. args: the options, with this one seed in args.seeds, as text.
+    record: what this method has done so far with one seed, kept on the disk: its adapter, which
+    lessons remain, and all scores. Its args are the options, with this seed in args.seeds, as text.
     """
-    method = record.method
+    method, args = record.method, record.args
     adapter = record.adapter(model)  # a new one, or that of the last lesson before an interruption
     # Each lesson is a task to train on. replay adds examples of earlier tasks to it. joint has a
     # single lesson, with the examples of all tasks, each as often as its own task's epochs say.
@@ -86,7 +89,8 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
             lambda: probe(model, tokenizer, task, args), guess=task.error_of_a_constant())
         adapter.begin_task(task.name, source, need)
 
-        # The task's key, by which its prompts are recognised later, is made of all its prompts.
+        # The task's key, by which its prompts are recognised later, is made of all its training
+        # prompts, whatever --max_train says.
         for ids, mask in padded_batches(task.train_prompt_ids, tokenizer):
             adapter.observe(ids, mask)
 
@@ -99,22 +103,19 @@ def learn_in_a_row(record, model, tokenizer, tasks, args, bar):
         # after an interruption before that, it is learned again, from the adapter before it.
         adapter = record.save_and_reopen(adapter, task, source, num_trained, report)
 
-        # With --test all these are the tasks that were seen so far. Methods that go on from task to
-        # task (lora, replay, moe_lora) are then tested on the next one too, for forward transfer.
-        # With --test ends it is the new task alone, and after the last lesson all of them.
         tests = {}
-        for tested in tasks_to_test(method, args, tasks, t):
-            tests[tested.name] = evaluate(model, tokenizer, adapter, tested, args)
+        for other in tasks_to_test(method, args, tasks, t):  # this one, and most often earlier ones
+            tests[other.name] = evaluate(model, tokenizer, adapter, other, args)
         row = record.add(tests)  # the mean score of each task with the task known, or None
         bar.write(f"{method:10} {t + 1} {task.name:12} {scores_in_words(row)}")
     adapter.detach()
 
 
 def train(model, tokenizer, parameters, task, args, lr, bar):
-    """Train on one task. Raises ValueError when the loss is not finite.
+    """Train on one task. Raises ValueError when the loss or a weight is not finite.
 
-    Each task has a new optimizer: momentum from the last task would change the new one. With
-    several processes, every process takes its share of each batch.
+    Each task has a new optimizer: with the old one, the first steps would still follow the gradients
+    of the last task. With several processes, every process takes its share of each batch.
     """
     rng = random.Random(f"{args.seeds} {task.name}")
     plan = [*batches(task.train, args.batch, task.epochs, rng)]
@@ -135,17 +136,23 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
             loss += loss_of_pass.detach()
         processes.add_up(loss, *(p.grad for p in parameters))
         if not loss.isfinite():
-            raise ValueError(f"{task.name}: the loss is {loss} at step {step}, with a learning "
-                             f"rate of {lr:.2g}: start again with a lower one (--lr of mose and "
-                             "mose_fixed, --lora_lr of the others) and another --name. What was "
-                             "saved before is still there: for the tables of all methods that are "
-                             "done, python -m figures.report runs/NAME")
+            raise diverged(f"{task.name}: the loss is {loss} at step {step}", lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
+    if not all(p.isfinite().all() for p in parameters):  # the last step shows in no loss
+        raise diverged(f"{task.name}: some weights are not finite after the last step", lr)
     model.eval()
+
+
+def diverged(what, lr):
+    """The error of a training that has diverged."""
+    return ValueError(f"{what}, with a learning rate of {lr:.2g}: start again with a lower one (--lr "
+                      "of mose and mose_fixed, --lora_lr of the others) and another --name. What was "
+                      "saved before is still there: for the tables of all methods that are done, "
+                      "python -m figures.report runs/NAME")
 
 
 def share_of_rate(step, steps, schedule):
@@ -164,7 +171,10 @@ def share_of_rate(step, steps, schedule):
 def probe(model, tokenizer, task, args):
     """The share of some training examples that the task in force does not answer exactly.
 
-    The loss would be a poor guide: most of it is gone once the format of an answer is learned.
+    No answer is decoded. Each token of the right answer is predicted from those before it, and if
+    all are right, decoding would give this answer. Long answers are hardly ever exact, so tasks of
+    long answers find no source. The loss would be a poor guide: most of it is gone once the format
+    of an answer is learned.
     """
     examples = task.probe_examples()
     wrong = torch.zeros((), device=model.device)
@@ -181,27 +191,27 @@ def evaluate(model, tokenizer, adapter, task, args):
     """Test an adapter on a task. Without one (None), the bare base is tested. Returns a Tested: the
     score of each test example with the task known (TIL) and, for MoSEs, with the task inferred from
     each prompt (TaIL); and the first two answers, to be shown in the result file."""
-    numbers = range(len(task.test_prompt_ids))  # of the test examples
+    indices = range(len(task.test_prompt_ids))
 
     def scores(answers):
         score = SCORES[task.metric]  # some metrics compare an answer with the prompt as well
         # golds are the right answers as the tokenizer can write them, since some change a text.
-        return [score(answers[i], task.golds[i], task.test_texts[i]["prompt"]) for i in numbers]
+        return [score(answers[i], task.golds[i], task.test_texts[i]["prompt"]) for i in indices]
 
     if adapter is not None:
         adapter.set_task(task.name)
-    answers = generate(model, tokenizer, task, numbers, args)  # {number: text}
-    known, first_two = scores(answers), [answers[i] for i in numbers[:2]]
+    answers = generate(model, tokenizer, task, indices, args)  # {index: text}
+    known, first_two = scores(answers), [answers[i] for i in indices[:2]]
     if not isinstance(adapter, MoSE):
         return Tested(known, answers=first_two)
 
     inferred = []  # for each test example, the task that its prompt seems to belong to
-    for ids, mask in padded_batches(task.test_prompt_ids, tokenizer):  # in the same order
+    for ids, mask in padded_batches(task.test_prompt_ids, tokenizer):  # in the order of indices
         inferred += adapter.infer_task(ids, mask)
     # Where the right task was inferred, the answer is the one that is there already.
     for name in sorted({*inferred} - {task.name}):
         adapter.set_task(name)
-        misled = [i for i in numbers if inferred[i] == name]
+        misled = [i for i in indices if inferred[i] == name]
         answers |= generate(model, tokenizer, task, misled, args)
     right = 100 * inferred.count(task.name) / len(inferred)
     return Tested(known, inferred=scores(answers), right=right, answers=first_two)
@@ -211,8 +221,9 @@ def scores_in_words(row):
     return " ".join("     " if score is None else f"{score:5.1f}" for score in row)
 
 
-def test_once(record, model, tokenizer, tasks, args, bar):
+def test_once(record, model, tokenizer, tasks, bar):
     """For a method that learns nothing: the floor, or the bare base."""
+    args = record.args
     record.start_clock()
     if record.method == "floor":
         tests = {}
@@ -256,7 +267,7 @@ def session(todo, runs, args):
             start_anew(folder, dataclasses.asdict(its_args))
     processes.wait()
     for folder in runs:
-        expect_same_data(folder, tasks)
+        note_data(folder, tasks)
     # Forward transfer is a task's score before it is learned, less that of the bare base. With
     # --test ends no task is tested before it is learned.
     zero_shot = None
@@ -273,10 +284,16 @@ def session(todo, runs, args):
         if model.device.type == "cuda":  # for the peak memory in facts_of_run
             for gpu in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(gpu)
-        if record.method not in ("floor", "base"):
-            learn_in_a_row(record, model, tokenizer, tasks, record.args, bar)
-        elif not record.done():  # an interrupted run may have its scores, and no result file yet
-            test_once(record, model, tokenizer, tasks, record.args, bar)
+        try:
+            if record.method not in ("floor", "base"):
+                learn_in_a_row(record, model, tokenizer, tasks, bar)
+            elif not record.done():  # an interrupted run may have its scores, and no result file yet
+                test_once(record, model, tokenizer, tasks, bar)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{error}\nGo on with fewer tokens in a pass, half as many say: --resume "
+                f"{record.folder} --tokens {record.args.tokens // 2} (and --checkpointing, if one row "
+                "is too long)") from error
         record.finish(facts_of_run(record, model, tasks), zero_shot)
     bar.close()
 
@@ -285,9 +302,9 @@ def from_the_command_line():
     """Do what the command line asks for. An error that the user can mend becomes one message."""
     try:
         main(parse())
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train_trace.py: error: {error}\nGo on with fewer tokens in a pass, half as many "
-                 "say: --resume runs/NAME --tokens N (and --checkpointing, if one row is too long)")
+    except torch.OutOfMemoryError as error:  # before the training, which has a message of its own
+        sys.exit(f"train_trace.py: error: {error}\nThe base does not fit, or its experts: take a "
+                 "smaller one, or one of --dtype bfloat16, --device_map auto, --shard")
     except (ValueError, OSError) as error:
         file = traceback.extract_tb(error.__traceback__)[-1].filename
         raised_in = Path(file).resolve().parent  # (ROOT is resolved too)

@@ -164,7 +164,7 @@ def test_resume_refuses_data_that_has_changed_since(tmp_path, monkeypatch, guard
             train_trace.main(train_trace.parse(["--resume", "runs/r"]))
         file.write_bytes(before)
     else:
-        monkeypatch.setattr(train_trace, "expect_same_data", lambda folder, tasks: None)
+        monkeypatch.setattr(train_trace, "note_data", lambda folder, tasks: None)
     train_trace.main(train_trace.parse(["--resume", "runs/r"]))
     assert Path("runs/r/lora.json").exists()
 
@@ -560,7 +560,7 @@ def one_example(base, tmp_path, capsys):
     task, = from_text(rows(("p", "a")), base, tmp_path)
     args = Args(epochs="1")
     record = train_trace.Record(tmp_path, "mose", [task], args)
-    train_trace.learn_in_a_row(record, *base, [task], args, tqdm(disable=True))
+    train_trace.learn_in_a_row(record, *base, [task], tqdm(disable=True))
     assert record.result["new"][0] > 0
 
 

@@ -201,7 +201,7 @@ def test_the_loop_says_what_a_guess_leaves(tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(train_trace.MoSE, "best_source", spy)
     record = Record(tmp_path, "mose", [task], args)
-    train_trace.learn_in_a_row(record, *base, [task], args, QUIET)
+    train_trace.learn_in_a_row(record, *base, [task], QUIET)
     assert guesses == [task.error_of_a_constant()] and 0 < guesses[0] < 1
 
 
@@ -445,7 +445,7 @@ def test_an_adapter_is_removed_when_the_next_one_is_tested(tmp_path, base, monke
         return add(record, tests)
 
     monkeypatch.setattr(Record, "add", seen)
-    train_trace.learn_in_a_row(record, *base, tasks, args, QUIET)
+    train_trace.learn_in_a_row(record, *base, tasks, QUIET)
     one, two, three = (f"task_lora-{i}.pt" for i in (1, 2, 3))
     assert there == [[one], [one, two], [two, three]]  # until a task is tested, both are there
     assert [file.name for file in tmp_path.glob("*.pt")] == [three]
@@ -692,14 +692,45 @@ def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monk
         assert ("Traceback" in capsys.readouterr().err) == has_traceback
 
 
-def test_out_of_memory_says_how_to_go_on(monkeypatch):
-    def full(args):
+@pytest.mark.parametrize("where, message", [
+    ("load_model", "CUDA out of memory\n.*The base does not fit"),
+    ("train", "CUDA out of memory\n.*--resume runs/full --tokens 768")])
+def test_out_of_memory_says_how_to_go_on(where, message, tmp_path, monkeypatch):
+    def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_trace, "parse", lambda: None)
-    monkeypatch.setattr(train_trace, "main", full)
-    with pytest.raises(SystemExit, match="CUDA out of memory\n.*--resume runs/NAME --tokens N"):
+    monkeypatch.chdir(tmp_path)
+    args = Args(methods="lora", name="full", device="cpu", **SHORT)
+    monkeypatch.setattr(train_trace, "parse", lambda: args)
+    monkeypatch.setattr(train_trace, where, full)
+    with pytest.raises(SystemExit, match=message):
         train_trace.from_the_command_line()
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_a_last_step_that_spoils_the_weights_ends_the_run(at_the_end, base, monkeypatch):
+    args = Args(device="cpu", **SHORT)
+    task = train_trace.load_tasks(args, base[1], base[0])[0]
+    adapter, steps = train_trace.attach("lora", args, base[0]), []
+    adapter.begin_task(task.name)
+
+    class Spoiled(torch.optim.AdamW):
+        def step(self):
+            super().step()
+            steps.append(None)
+            if at_the_end and len(steps) == -(-len(task.train) // args.batch) * task.epochs:
+                self.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spoiled)
+    learn = train_trace.train, *base, adapter.trainable_parameters(), task, args, 1e-3, QUIET
+    try:
+        if at_the_end:
+            with pytest.raises(ValueError, match="not finite after the last step.*lower one"):
+                learn[0](*learn[1:])
+        else:
+            learn[0](*learn[1:])  # control
+    finally:
+        adapter.detach()
 
 
 def test_one_of_several_processes_does_not_take_all_gpus(monkeypatch, capsys):
@@ -793,7 +824,7 @@ def test_the_seconds_of_the_base_are_not_those_of_the_methods_before_it(base, tm
     tasks = train_trace.load_tasks(args, base[1], base[0])
     record = Record(tmp_path, "floor", tasks, args)
     record.clock -= 1000  # it was made before another method learned
-    train_trace.test_once(record, *base, tasks, args, QUIET)
+    train_trace.test_once(record, *base, tasks, QUIET)
     assert 0 < record.result["seconds_testing"] < 1000
 
 
@@ -822,7 +853,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_earlier_tasks(base, tmp_p
     monkeypatch.setattr(train_trace, "train", explode)
     with pytest.raises(ValueError, match="NumGLUE-cm: the loss is nan"):
         record = Record(tmp_path, "mose", tasks, args)
-        train_trace.learn_in_a_row(record, model, tokenizer, tasks, args, QUIET)
+        train_trace.learn_in_a_row(record, model, tokenizer, tasks, QUIET)
     fresh, _ = train_trace.load_model(args)
     adapter = train_trace.MoSE.load(fresh, tmp_path / "mose-1.pt")
     assert [*adapter.tasks] == ["FOMC"]

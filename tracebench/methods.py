@@ -41,8 +41,9 @@ def attach(method, args, model, file=None):
 
 # The default rate of MoSEs is this, divided by the root of the base's width: 1.9e-2 for tiny-llm (128
 # wide), 9e-3 for SmolLM2-135M (576) and 3.4e-3 for a base of 4096. On tiny-llm 1e-2 and 2e-2 are
-# about equal and 4e-2 is too high; on SmolLM2 1e-2 is better than 2e-2 and than 4e-3. The root itself
-# was not measured. It is from theory about a LoRA whose B starts at 0 (arXiv 2406.08447).
+# about equal and 4e-2 is too high; on SmolLM2 1e-2 is better than 2e-2 and than 4e-3. That the
+# rate falls with the root is theory about a LoRA whose B starts at 0 (arXiv 2406.08447), and was not
+# measured.
 RATE_TIMES_ROOT_OF_WIDTH = 0.22
 
 
@@ -74,7 +75,12 @@ def lessons(method, args, tasks):
 
 
 def tasks_to_test(method, args, tasks, t):
-    """The tasks that are tested after lesson t: by default every task that was seen so far."""
+    """The tasks that are tested after lesson t.
+
+    With --test all these are the tasks that were seen so far. Methods that go on from task to task
+    (lora, replay, moe_lora) are then tested on the next one too, for forward transfer. With --test
+    ends it is only the new task, and after the last lesson all of them.
+    """
     if method == "joint" or t == len(tasks) - 1:
         return tasks
     if args.test == "ends":
