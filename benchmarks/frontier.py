@@ -6,8 +6,8 @@
     python -m benchmarks.frontier report    # results/frontier.json, .md and .png of all that ran
 
 Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
-where it was stopped. Everything is synthetic (trace-mini): eight tasks in a row, 100 steps each,
-tested at the end.
+where it was stopped. `report` adds what has run here to what results/frontier.json holds already.
+Everything is synthetic (trace-mini): eight tasks in a row, 100 steps each, tested at the end.
 
 MoSEs' rate here (0.0195), spread of scores and density come from searches with an earlier version,
 on tiny-llm alone, whose results were not kept. (They were to give one rate for tiny-llm and SmolLM2,
@@ -102,7 +102,8 @@ peft_tasks.SEED = int(sys.argv[sys.argv.index("--seeds") + 1])
 # {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and a VeRA of rank
 # 256 has one and a half times as many bytes. The last rates of both were added since the largest
 # before them was the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs of half
-# their rank.
+# their rank. Their rule, written before they ran: the best of these rates at scale 4 (`eval`, seed
+# 0); if it is the highest one, twice that follows.
 PEFT = {"VeRA": ((256,), ("1e-2", "3e-2", "1e-1", "3e-1")),
         "SHiRA": ((1,), ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1")),
         "FrozenA": ((2, 4), ("1e-2", "2e-2", "5e-2", "1e-1"))}
@@ -380,8 +381,9 @@ def main():
                 own.sort(key=lambda name: not name.startswith(FIRST))
                 run({name: every[name] for name in own})
         return
-    results = collected(folder)
-    (ROOT / "results/frontier.json").write_text(json.dumps(results) + "\n")
+    file = ROOT / "results/frontier.json"
+    results = dict(sorted((json.loads(file.read_text()) | collected(folder)).items()))
+    file.write_text(json.dumps(results) + "\n")
     (ROOT / "results/frontier.md").write_text(report(results), encoding="utf-8")
     rounded = json.loads((ROOT / "results/bf16.json").read_text())
     draw(results, rounded, ROOT / "results/frontier.png")
