@@ -167,7 +167,7 @@ def of(results, start):
         if name.startswith(start):
             run, method = name.removeprefix(start).split(": ")
             group, _ = run.rsplit(" ", 1)
-            found.setdefault(method if "," in group else group, []).append(result)
+            found.setdefault(method if group == "floor,base" else group, []).append(result)
     order = [*METHODS]
     return dict(sorted(found.items(), key=lambda item: (order.index(item[1][0]["method"]), item[0])))
 
