@@ -103,10 +103,10 @@ peft_tasks.SEED = int(sys.argv[sys.argv.index("--seeds") + 1])
 # 256 has one and a half times as many bytes. The last rates of both were added since the largest
 # before them was the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs of half
 # their rank. Their rule, written before they ran: the best of these rates at scale 4 (`eval`, seed
-# 0); if it is the highest one, twice that follows.
+# 0); if it is the highest one, twice that follows (2e-1 did).
 PEFT = {"VeRA": ((256,), ("1e-2", "3e-2", "1e-1", "3e-1")),
         "SHiRA": ((1,), ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1")),
-        "FrozenA": ((2, 4), ("1e-2", "2e-2", "5e-2", "1e-1"))}
+        "FrozenA": ((2, 4), ("1e-2", "2e-2", "5e-2", "1e-1", "2e-1"))}
 SCRIPT = """
 import functools, math, sys, torch, mose, train_trace
 from mose import SubExperts
