@@ -120,6 +120,7 @@ FRONTIER = {
     "a SHiRA of the size of a LoRA of rank 1": "SHiRA r1 1e-1",
     "a LoRA of rank 2 with a frozen A": "FrozenA r2 1e-1",
     "a LoRA of rank 4 with a frozen A": "FrozenA r4 5e-2",
+    "MoSEs, density 0.001": "mose 0.001",
     "MoSEs, density 0.003": "mose 0.003",
     "**MoSEs**, density 0.01, the default": "mose 0.01",
     "MoSEs, density 0.015": "mose 0.015",
