@@ -601,15 +601,18 @@ class MoSE:
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
         if task is not None:  # the bare base needs no experts
             check_layers(self.model, self.layers)
-        finished = [name for name in self.tasks if name in names]
+        rows_of = {}  # {name of a finished task: its rows of the batch, or None for all rows}
+        for name in self.tasks:
+            if name in names and is_list:
+                rows_of[name] = [i for i, other in enumerate(names) if other == name]
+            elif name in names:
+                rows_of[name] = None
         # All matrices are made first: a failure must not leave layers with different tasks.
         in_force = []
         for layer in self.layers:
             pairs = []
-            for name in finished:
-                rows = None
-                if is_list:
-                    rows = [i for i, other in enumerate(names) if other == name]
+            for name, rows in rows_of.items():
+                if rows is not None:
                     rows = torch.tensor(rows, device=layer.frozen.device)
                 pairs.append((rows, layer.finished_matrices(self.tasks[name])))
             in_force.append(pairs)

@@ -59,7 +59,7 @@ from tracebench.model import (
     passes_of_this_process)
 from tracebench.options import ROOT, parse
 from tracebench.runs import (
-    Record, Tested, draw, note_data, facts_of_run, locked_folders, start_anew, unfinished)
+    Record, Tested, draw, facts_of_run, locked_folders, note_data, start_anew, unfinished)
 from tracebench.scores import SCORES, floor, mean
 
 
@@ -114,8 +114,8 @@ def learn_in_a_row(record, model, tokenizer, tasks, bar):
 def train(model, tokenizer, parameters, task, args, lr, bar):
     """Train on one task. Raises ValueError when the loss or a weight is not finite.
 
-    Each task has a new optimizer: with the old one, the first steps would still follow the gradients
-    of the last task. With several processes, every process takes its share of each batch.
+    Each task has a new optimizer: with the old one, the first steps would still follow the
+    gradients of the last task. With several processes, each takes its share of every batch.
     """
     rng = random.Random(f"{args.seeds} {task.name}")
     plan = [*batches(task.train, args.batch, task.epochs, rng)]
@@ -149,10 +149,10 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
 
 def diverged(what, lr):
     """The error of a training that has diverged."""
-    return ValueError(f"{what}, with a learning rate of {lr:.2g}: start again with a lower one (--lr "
-                      "of mose and mose_fixed, --lora_lr of the others) and another --name. What was "
-                      "saved before is still there: for the tables of all methods that are done, "
-                      "python -m figures.report runs/NAME")
+    return ValueError(f"{what}, with a learning rate of {lr:.2g}: start again with a lower one "
+                      "(--lr of mose and mose_fixed, --lora_lr of the others) and another --name. "
+                      "What was saved before is still there: for the tables of all methods that "
+                      "are done, python -m figures.report runs/NAME")
 
 
 def share_of_rate(step, steps, schedule):
@@ -268,6 +268,16 @@ def session(todo, runs, args):
     processes.wait()
     for folder in runs:
         note_data(folder, tasks)
+    try:
+        learn_and_test(todo, args, model, tokenizer, tasks)
+    except torch.OutOfMemoryError as error:
+        ways = ", then ".join(f"--resume {folder} --tokens {args.tokens // 2}" for folder in runs)
+        raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say: {ways} "
+                         "(and --checkpointing, if one row is too long)") from error
+
+
+def learn_and_test(todo, args, model, tokenizer, tasks):
+    """All that is left to do of a session."""
     # Forward transfer is a task's score before it is learned, less that of the bare base. With
     # --test ends no task is tested before it is learned.
     zero_shot = None
@@ -284,16 +294,10 @@ def session(todo, runs, args):
         if model.device.type == "cuda":  # for the peak memory in facts_of_run
             for gpu in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(gpu)
-        try:
-            if record.method not in ("floor", "base"):
-                learn_in_a_row(record, model, tokenizer, tasks, bar)
-            elif not record.done():  # an interrupted run may have its scores, and no result file yet
-                test_once(record, model, tokenizer, tasks, bar)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{error}\nGo on with fewer tokens in a pass, half as many say: --resume "
-                f"{record.folder} --tokens {record.args.tokens // 2} (and --checkpointing, if one row "
-                "is too long)") from error
+        if record.method not in ("floor", "base"):
+            learn_in_a_row(record, model, tokenizer, tasks, bar)
+        elif not record.done():  # an interrupted run may have its scores, and no result file yet
+            test_once(record, model, tokenizer, tasks, bar)
         record.finish(facts_of_run(record, model, tasks), zero_shot)
     bar.close()
 

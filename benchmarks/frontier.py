@@ -19,8 +19,9 @@ Rule of the search for the LoRAs on tiny-llm, written before it ran: for each ra
 three rates (LORA_RATES) at scale 4; with this rate, then the best of the scales 2, 4, 8 and 16
 (`eval`, seed 0). For rank 1 the highest rate was the best, so 5e-2 was added. What won became the
 last runs, on `test`. Rank 1 has last runs with 2e-2 too, of an earlier search, and they score
-higher. Where two settings of a rank have last runs, docs/measurements.md and the picture show the one that
-scores higher there (LORAS), so that chance in the search is not to the disadvantage of the LoRAs.
+higher. Where two settings of a rank have last runs, docs/measurements.md and the picture show the
+one that scores higher there (LORAS), so that chance in the search is not to the disadvantage of the
+LoRAs.
 """
 
 import argparse
@@ -99,11 +100,11 @@ from tracebench import methods
 methods.KINDS["task_lora"] = peft_tasks.{kind}
 peft_tasks.SEED = int(sys.argv[sys.argv.index("--seeds") + 1])
 """
-# {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and a VeRA of rank
-# 256 has one and a half times as many bytes. The last rates of both were added since the largest
-# before them was the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs of half
-# their rank. Their rule, written before they ran: the best of these rates at scale 4 (`eval`, seed
-# 0); if it is the highest one, twice that follows (2e-1 did).
+# {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and a VeRA of
+# rank 256 has one and a half times as many bytes. The last rates of both were added since the
+# largest before them was the best. LoRAs whose A is frozen (FrozenA) have about the bytes of LoRAs
+# of half their rank. Their rule, written before they ran: the best of these rates at scale 4
+# (`eval`, seed 0); if it is the highest one, twice that follows (2e-1 did).
 PEFT = {"VeRA": ((256,), ("1e-2", "3e-2", "1e-1", "3e-1")),
         "SHiRA": ((1,), ("5e-3", "1e-2", "2e-2", "5e-2", "1e-1")),
         "FrozenA": ((2, 4), ("1e-2", "2e-2", "5e-2", "1e-1", "2e-1"))}

@@ -86,6 +86,11 @@ BOTH = {
 }
 
 
+def kilobytes(runs):
+    """kB a task, the mean over runs."""
+    return statistics.mean(map(frontier.size, runs)) / 1000
+
+
 def test_the_first_table_of_the_readme_is_that_of_the_json():
     tiny = frontier.groups(json.loads((ROOT / "results/frontier.json").read_text()))
     large = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), "long ")
@@ -95,11 +100,12 @@ def test_the_first_table_of_the_readme_is_that_of_the_json():
         small, other = BOTH[name]
         runs = tiny[small].values()
         assert op == report.spread([r["op"] for r in runs])
-        assert size == f"{statistics.mean(map(frontier.size, runs)) / 1000:.1f}"
-        runs = large[other] if other else []
-        assert smol == ([report.spread([r["op"] for r in runs]),
-                         f"{statistics.mean(map(frontier.size, runs)) / 1000:,.0f}"]
-                        if runs else ["not measured", "not measured"])
+        assert size == f"{kilobytes(runs):.1f}"
+        if other:
+            runs = large[other]
+            assert smol == [report.spread([r["op"] for r in runs]), f"{kilobytes(runs):,.0f}"]
+        else:
+            assert smol == ["not measured", "not measured"]
 
 
 def test_what_the_first_command_gives_is_that_of_the_page_of_its_run():
@@ -141,8 +147,7 @@ def test_the_table_of_tiny_llm_is_that_of_the_json():
         every = [some[FRONTIER[name]] for some in (found, rounded, without_keys)]
         assert all(sorted(runs) == [*range(int(seeds))] for runs in every)
         assert op == report.spread([r["op"] for r in every[0].values()])
-        assert sizes == [f"{statistics.mean(map(frontier.size, runs.values())) / 1000:.1f}"
-                         for runs in every]
+        assert sizes == [f"{kilobytes(runs.values()):.1f}" for runs in every]
 
 
 def test_every_method_has_a_style_and_a_name():

@@ -167,8 +167,8 @@ class Record:
     R[t][i]: the score of task i after lesson t, None if it was not tested; R_tail the same with the
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
     bytes, source, new, used and epochs: a value for each lesson. seconds_training: of all lessons
-    without their tests, so with the probes, the keys and the files. task_id_accuracy: for each task of
-    the last test, the percent of prompts whose task was inferred right. op_error: the standard
+    without their tests, so with the probes, the keys and the files. task_id_accuracy: for each task
+    of the last test, the percent of prompts whose task was inferred right. op_error: the standard
     error of the mean of all tasks, when all were tested last.
     """
 
