@@ -88,6 +88,7 @@ class MoSEConfig:
     rank: int = 16  # R >= 1, of each expert
     top_k: int = 2  # K, 1 <= K <= E
     density: float = 0.01  # in (0, 1], the share of the free entries that a new task owns
+    fixed_A: bool = False  # True: A is random, the same for all tasks, never learned or stored
     scale: float = 8.0  # > 0, factor of the experts' sum, as alpha / rank is that of a LoRA
     router_dim: int = 16  # P >= 1
     router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates are clearly unequal
@@ -107,6 +108,7 @@ class MoSEConfig:
             value = getattr(self, name)
             fits = type(value) in (int, float) and 0 < value < math.inf
             expect(fits, f"{name}: got {value!r}, expected a finite float > 0")
+        expect(type(self.fixed_A) is bool, f"fixed_A: got {self.fixed_A!r}, expected a bool")
         expect(self.density <= 1, f"density: got {self.density}, expected at most 1")
         expect(self.top_k <= self.num_experts,
                f"top_k: got {self.top_k}, expected at most num_experts = {self.num_experts}")
@@ -170,7 +172,8 @@ class SubExperts(nn.Module):
     """The experts of one linear layer, and each task's share of them: its mask and its router.
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
-    e*R .. (e+1)*R of A and the same rows of B. `projection` (D, P) is a buffer.
+    e*R .. (e+1)*R of A and the same rows of B. `projection` (D, P) is a buffer. If the config says
+    fixed_A, the A of all tasks is a buffer too, and the pool is B alone: its A has no rows.
 
     Tasks have numbers here, from 1 on. A lineage is a list of them: the number of a task, then that
     of its source, then that of the source's source, and so on. Task 5 has the lineage [5, 2] if it
@@ -200,8 +203,9 @@ class SubExperts(nn.Module):
         super().__init__()
         self.config = config
         D, O = in_out(linear)
-        self.shape_A = D, config.num_experts * config.rank
-        self.shape_B = config.num_experts * config.rank, O
+        width = config.num_experts * config.rank  # E*R
+        self.shape_A = (0 if config.fixed_A else D), width
+        self.shape_B = width, O
         self.size_A = math.prod(self.shape_A)
         zeros = torch.zeros(self.size_A + math.prod(self.shape_B), device=device_of(linear),
                             dtype=torch.float32)
@@ -214,6 +218,10 @@ class SubExperts(nn.Module):
         projection = fixed_signs(D, config.router_dim) / math.sqrt(D)
         # These are not in state_dict(): loading an old one must not undo finished tasks.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
+        if config.fixed_A:
+            # It has the variance of an A that is learned, as `begin` draws it.
+            fixed_A = fixed_signs(D, width) / math.sqrt(3 * D)
+            self.register_buffer("fixed_A", fixed_A.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
         self.register_buffer("owner", zeros.int(), persistent=False)
         self.register_buffer("inherited", zeros.bool(), persistent=False)
@@ -255,7 +263,7 @@ class SubExperts(nn.Module):
         self.weight.zero_()
         if len(lineage) == 1:
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
-            D, _ = self.shape_A
+            D = len(self.projection)
             A, _ = self.split(self.weight)
             drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
@@ -298,11 +306,12 @@ class SubExperts(nn.Module):
     def can_learn(self):
         """Whether entries of B can learn, in the task that `begin` has prepared last.
 
-        They need an A that is not 0, of the task itself or inherited. (The new A of a task with a
-        source is 0, but such a task inherits.)
+        They need an A that is not 0: of the task itself, inherited or fixed. (The new A of a task
+        with a source is 0, but such a task inherits.)
         """
         new_A, new_B = self.num_new
-        return new_B > 0 and (new_A > 0 or bool(self.inherited[:self.size_A].any()))
+        has_A = self.config.fixed_A or new_A > 0 or bool(self.inherited[:self.size_A].any())
+        return new_B > 0 and has_A
 
     @torch.no_grad()
     def learned(self):
@@ -343,6 +352,8 @@ class SubExperts(nn.Module):
         (E*R, O) is scale * B. What A makes, times the gates, is multiplied by it.
         """
         A, B = self.split(pool)
+        if self.config.fixed_A:
+            A = self.fixed_A
         with autocast_off(pool.device):
             to_logits = self.projection @ router.T  # (D, E)
         return torch.cat([A, to_logits], dim=1), self.config.scale * B

@@ -315,6 +315,26 @@ def test_a_new_task_reads_all_used_entries_of_matrix_a_and_owns_a_share_of_the_f
     assert new == [entry["new"] for entry in mose.capacity().values()]
 
 
+def test_with_a_fixed_matrix_a_tasks_learn_and_store_b_alone(tmp_path):
+    mose = learn(attach(density=0.2, fixed_A=True), *"ab")
+    learn(mose, "c", source="a")
+    before = snapshot(mose, *"abc")
+    assert not torch.equal(before[0], snapshot(mose, None)[0])  # control: it has learned something
+    for layer in mose.layers:
+        assert len(layer.owner) == layer.weight.numel() == math.prod(layer.shape_B)
+        a, b, c = (layer.reads(mose.tasks[name]) for name in "abc")
+        assert not (a & b).any() and (a & c).equal(a)  # "c" reads what its source reads
+        A_and_to_logits, _ = layer.finished_matrices(mose.tasks["b"])
+        assert A_and_to_logits[:, :64].equal(layer.fixed_A)
+    again = reloaded(mose, tmp_path / "m")
+    learn(again, "d")
+    assert torch.equal(snapshot(again, *"abc"), before)
+    again.forget("b")
+    assert torch.equal(snapshot(again, *"ac"), before[[0, 2]])
+    learned_A = learn(attach(density=0.2), "a").capacity()["a"]
+    assert learned_A["new"] > again.capacity()["a"]["new"] > 0
+
+
 def test_the_source_is_the_task_that_leaves_least_to_learn():
     mose = learn(attach(), *"abc")
     left = {None: 0.8, "a": 0.5, "b": 0.2, "c": 0.9}  # best_source puts each of them in force
@@ -971,3 +991,4 @@ def test_a_value_out_of_range_names_its_field(field):
         refuses(f"{field}: got", lambda: MoSEConfig(**{"top_k": 1, field: value}))
     MoSEConfig(**{"top_k": 1, field: 1})  # control: 1 is in every range
     refuses("top_k: got 5", lambda: MoSEConfig(top_k=5))
+    refuses("fixed_A: got 1, expected a bool", lambda: MoSEConfig(fixed_A=1))

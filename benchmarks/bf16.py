@@ -154,7 +154,7 @@ def main():
         (ROOT / "results/bf16.md").write_text(text, encoding="utf-8")
         return print(text)
     if not folders:
-        names = ("mose 0.", "one expert", "task_lora r", *PEFT)
+        names = ("mose 0.", "one expert", "fixed A", "task_lora r", *PEFT)
         results = [*Path("runs/frontier").glob("*/mose.json"),
                    *Path("runs/frontier").glob("*/task_lora.json")]  # of the runs that are done
         folders = sorted(r.parent for r in results if r.parent.name.startswith(names))

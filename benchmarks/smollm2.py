@@ -79,8 +79,10 @@ LONG |= {
     "task_lora r1": ["--methods", "task_lora", "--lora_rank", "1"],
     "task_lora r1 1e-2": ["--methods", "task_lora", "--lora_rank", "1", "--lora_lr", "1e-2"],
     **{method: ["--methods", method] for method in ("lora", "replay", "joint", "task_lora")},
+    "fixed A 1e-2": ["--methods", "mose", "--fixed_A", "--lr", "1e-2"],
+    "fixed A .003 1e-2": ["--methods", "mose", "--fixed_A", "--density", "0.003", "--lr", "1e-2"],
 }
-VARIANTS = ("fixed A", "free A", "own alone")  # of the code of MoSEs, those of the frontier
+VARIANTS = ("free A", "own alone")  # of the code of MoSEs, those of the frontier
 LONG |= {f"{change} 1e-2": LONG["mose 1e-2"] for change in VARIANTS}
 # A LoRA that only its own task has is tested when it is learned. It does not change after that, so
 # this is its score at the end as well.

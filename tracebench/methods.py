@@ -28,7 +28,8 @@ def attach(method, args, model, file=None):
     if method in OURS:
         return KINDS[method](model, MoSEConfig(
             targets, num_experts=args.experts, rank=args.rank, top_k=args.top_k,
-            density=args.density, scale=args.scale, router_std=args.router_std))
+            density=args.density, fixed_A=args.fixed_A, scale=args.scale,
+            router_std=args.router_std))
     if method == "moe_lora":  # its experts have as many columns together as the one LoRA
         rank, rest = divmod(args.lora_rank, args.experts)
         if rest:

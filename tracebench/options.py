@@ -66,6 +66,7 @@ class Args:
     top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to")
     router_std: float = option(MoSEConfig.router_std, "spread of new routers")
     density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
+    fixed_A: bool = option(False, "the matrices A of mose are random and fixed: only B is learned")
     scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
     lora_rank: int = option(8, "rank of a LoRA; the experts of moe_lora share it")
     lora_scale: float = option(4.0, "scale of a LoRA and of moe_lora, alpha / rank")
