@@ -47,7 +47,7 @@ from figures.report import public, spread, standard_error
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(10)
 DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
-FIXED_A_DENSITIES = ("0.01", "0.02")  # of B: 0.02 has about as many entries as 0.01 of A and of B
+FIXED_A_DENSITIES = ("0.003", "0.01", "0.02")  # of B: 0.02 has about as many entries as 0.01 of A and of B
 # {rank: rates}: with a lower and a higher one than the best of earlier runs.
 LORA_RATES = {1: ("1e-2", "2e-2", "3e-2", "5e-2"), 2: ("5e-3", "1e-2", "2e-2"),
               3: ("5e-3", "1e-2", "2e-2"), 4: ("5e-3", "1e-2", "2e-2"), 8: ("5e-3", "1e-2", "2e-2")}
@@ -316,7 +316,11 @@ def report(results):
         "never trained 0.01", "one expert 0.01", "all four gates 0.01", "mose again 0.01",
         "own alone 0.01", "free A 0.01", "fixed A 0.01", "rank 8 0.02", "rank 4 0.04",
         "bf16 states 0.01", "8-bit Adam 0.01")]
-    pairs += [(one, other) for one in ("mose 0.01", "one expert 0.01") for other in found
+    pairs += [("fixed A 0.02", "mose 0.01"), ("fixed A 0.02", "mose 0.03"),
+              ("fixed A, one expert 0.02", "one expert 0.01"),
+              ("fixed A, one expert 0.02", "fixed A 0.02")]
+    ours = ("mose 0.01", "one expert 0.01", "fixed A 0.02", "fixed A, one expert 0.02")
+    pairs += [(one, other) for one in ours for other in found
               if other.startswith(("task_lora", *PEFT))]
     pairs += [("Clash, four experts", f"Clash, {row}") for row in CLASH if row != "four experts"]
     for one, other in pairs:
@@ -367,15 +371,18 @@ def draw_points(axis, results):
     """Each method at its sizes."""
     results = {name: r for name, r in results.items()
                if not name.startswith("task_lora") or name.rsplit(" ", 1)[0] in LORAS}
-    for start, label, style, colour in (
-            ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2"),
-            ("VeRA r256", "a VeRA of rank 256 for each task", "^", "#d55e00"),
-            ("FrozenA r", "a LoRA with a frozen A for each task (rank)", "s:", "#56b4e9"),
-            ("SHiRA r1", "a SHiRA for each task, as large as a LoRA of rank 1", "v", "#cc79a7"),
-            ("mose 0.", "MoSEs (density)", "o-", "black"),
-            ("fixed A 0.", "MoSEs with a fixed A (density)", "o:", "#999999"),
-            ("one expert 0.01", "MoSEs with one expert, density 0.01", "D", "#009e73"),
-            ("fixed A, one expert 0.", "the same with a fixed A (density)", "D:", "#009e73")):
+    below, above = (5, -12), (-6, 9)  # where the names of points stand
+    for start, label, style, colour, place in (
+            ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2", below),
+            ("VeRA r256", "a VeRA of rank 256 for each task", "^", "#d55e00", below),
+            ("FrozenA r", "a LoRA with a frozen A for each task (rank)", "s:", "#56b4e9", below),
+            ("SHiRA r1", "a SHiRA for each task, as large as a LoRA of rank 1", "v", "#cc79a7",
+             below),
+            ("mose 0.", "MoSEs (density)", "o-", "black", below),
+            ("one expert 0.01", "MoSEs, one expert, density 0.01", "D", "#e69f00", below),
+            ("fixed A 0.", "MoSEs with a fixed A (density)", "o:", "#999999", below),
+            ("fixed A, one expert 0.", "MoSEs with a fixed A, one expert (density)", "D-",
+             "#009e73", above)):
         points = sorted(
             (statistics.mean(map(size, runs.values())), [r["op"] for r in runs.values()],
              re.search(r"[\d.]+", name).group())  # its rank or density
@@ -387,7 +394,8 @@ def draw_points(axis, results):
         errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in scores]
         axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label, color=colour)
         for x, y, name in zip(sizes, means, names) if len(names) > 1 else ():
-            axis.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=9)
+            axis.annotate(name, (x, y), place, textcoords="offset points", fontsize=9,
+                          ha="left" if place == below else "right")
 
 
 def main():
