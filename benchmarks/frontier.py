@@ -212,7 +212,7 @@ def name_of(kind, rank, rate, scale):
     return f"{kind} r{rank} {rate}" + ("" if scale == LORA_SCALE else f", scale {scale}")
 
 
-LORAS = [name_of("task_lora", rank, *found) for rank, found in SHOWN.items()]
+LORAS = {rank: name_of("task_lora", rank, *found) for rank, found in SHOWN.items()}
 
 
 def options_of(rank, rate, scale):
@@ -370,7 +370,7 @@ def draw(results, rounded, file):
 def draw_points(axis, results):
     """Each method at its sizes."""
     results = {name: r for name, r in results.items()
-               if not name.startswith("task_lora") or name.rsplit(" ", 1)[0] in LORAS}
+               if not name.startswith("task_lora") or name.rsplit(" ", 1)[0] in LORAS.values()}
     below, above = (5, -12), (-6, 9)  # where the names of points stand
     for start, label, style, colour, place in (
             ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2", below),

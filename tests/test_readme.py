@@ -77,8 +77,8 @@ def test_the_tables_of_the_readme_are_those_of_the_json(name, start):
 
 # {what the first table of the README calls a row: its runs on tiny-llm and on SmolLM2}
 BOTH = {
-    "a LoRA of rank 8 for each task": (frontier.LORAS[3], "task_lora"),
-    "a LoRA of rank 1 for each task": (frontier.LORAS[0], "task_lora r1 1e-2"),
+    "a LoRA of rank 8 for each task": (frontier.LORAS[8], "task_lora"),
+    "a LoRA of rank 1 for each task": (frontier.LORAS[1], "task_lora r1 1e-2"),
     "a VeRA of rank 256 for each task": ("VeRA r256 1e-1", None),
     "**MoSEs**, the default": ("mose 0.01", "mose 1e-2"),
     "MoSEs, one expert": ("one expert 0.01", "one expert 4.3e-3"),
@@ -121,7 +121,7 @@ def test_what_the_first_command_gives_is_that_of_the_page_of_its_run():
 
 # {what the page on measurements calls a row of its table of tiny-llm: its runs}
 FRONTIER = {
-    **{f"a LoRA of rank {r}": name for r, name in zip((1, 2, 4, 8), frontier.LORAS)},
+    **{f"a LoRA of rank {rank}": name for rank, name in frontier.LORAS.items()},
     "a VeRA of rank 256": "VeRA r256 1e-1",
     "a SHiRA of the size of a LoRA of rank 1": "SHiRA r1 1e-1",
     "a LoRA of rank 2 with a frozen A": "FrozenA r2 1e-1",
@@ -132,6 +132,10 @@ FRONTIER = {
     "MoSEs, density 0.015": "mose 0.015",
     "MoSEs, density 0.03": "mose 0.03",
     "MoSEs, density 0.01, one expert of rank 64": "one expert 0.01",
+    "MoSEs, fixed A, density 0.01": "fixed A 0.01",
+    "MoSEs, fixed A, density 0.02": "fixed A 0.02",
+    "MoSEs, fixed A, density 0.01, one expert": "fixed A, one expert 0.01",
+    "MoSEs, fixed A, density 0.02, one expert": "fixed A, one expert 0.02",
 }
 
 
