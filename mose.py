@@ -93,6 +93,7 @@ class MoSEConfig:
     router_dim: int = 16  # P >= 1
     router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates are clearly unequal
     key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
+    round_to_bf16: bool = False  # True: what a task has learned is rounded, so its file is smaller
 
     def __post_init__(self):
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
@@ -108,7 +109,9 @@ class MoSEConfig:
             value = getattr(self, name)
             fits = type(value) in (int, float) and 0 < value < math.inf
             expect(fits, f"{name}: got {value!r}, expected a finite float > 0")
-        expect(type(self.fixed_A) is bool, f"fixed_A: got {self.fixed_A!r}, expected a bool")
+        for name in ("fixed_A", "round_to_bf16"):
+            value = getattr(self, name)
+            expect(type(value) is bool, f"{name}: got {value!r}, expected a bool")
         expect(self.density <= 1, f"density: got {self.density}, expected at most 1")
         expect(self.top_k <= self.num_experts,
                f"top_k: got {self.top_k}, expected at most num_experts = {self.num_experts}")
@@ -316,6 +319,11 @@ class SubExperts(nn.Module):
     @torch.no_grad()
     def learned(self):
         """What the open task has learned: its new entries, a bool mask (N,), and its router."""
+        if self.config.round_to_bf16:
+            # They stay fp32 numbers, but half of their bytes are now 0, and compress to nothing.
+            # What is tested is then what is saved, and what later tasks read.
+            self.weight.copy_(self.weight.bfloat16())
+            self.router.copy_(self.router.bfloat16())
         return self.select(), self.router.detach().to("cpu", copy=True)
 
     @torch.no_grad()

@@ -929,6 +929,19 @@ def test_capacity_counts_the_bytes_of_the_file(tmp_path):
         assert abs(added - (total - grown[kind])) > tolerance
 
 
+def test_a_task_that_is_rounded_to_bf16_takes_half_the_bytes_and_stays_what_it_is(tmp_path):
+    whole, rounded = (learn(attach(round_to_bf16=on), *"ab", steps=3) for on in (False, True))
+    for mose, is_rounded in ((whole, False), (rounded, True)):  # whole: control
+        for layer in mose.layers:
+            for numbers in (layer.frozen, layer.routers[1], layer.routers[2]):
+                assert numbers.dtype == torch.float32
+                assert torch.equal(numbers, numbers.bfloat16().float()) == is_rounded
+        before = snapshot(mose, *"ab")
+        assert torch.equal(snapshot(reloaded(mose, tmp_path / "m"), *"ab"), before)
+    values = [mose.capacity()["b"]["bytes"]["values"] for mose in (whole, rounded)]
+    assert values[1] < 0.6 * values[0]
+
+
 def test_learning_goes_on_after_loading_as_if_it_had_never_stopped(tmp_path):
     mose = learn(attach(), "a")
     again = reloaded(mose, tmp_path / "m")
@@ -991,4 +1004,5 @@ def test_a_value_out_of_range_names_its_field(field):
         refuses(f"{field}: got", lambda: MoSEConfig(**{"top_k": 1, field: value}))
     MoSEConfig(**{"top_k": 1, field: 1})  # control: 1 is in every range
     refuses("top_k: got 5", lambda: MoSEConfig(top_k=5))
-    refuses("fixed_A: got 1, expected a bool", lambda: MoSEConfig(fixed_A=1))
+    for name in ("fixed_A", "round_to_bf16"):
+        refuses(f"{name}: got 1, expected a bool", lambda: MoSEConfig(**{name: 1}))

@@ -145,6 +145,7 @@ def jobs():
         add("never trained 0.01", seed, "--methods", "mose_fixed", "--density", "0.01")
         add("one expert 0.01", seed, "--methods", "mose", "--density", "0.01", *ONE_EXPERT)
         add("all four gates 0.01", seed, "--methods", "mose", "--density", "0.01", "--top_k", "4")
+        add("rounded 0.01", seed, "--methods", "mose", "--density", "0.01", "--round_to_bf16")
         add("mose again 0.01", seed, "--methods", "mose", "--density", "0.01", change="A/A")
         for change in ("own alone", "free A"):
             add(f"{change} 0.01", seed, "--methods", "mose", "--density", "0.01", change=change)
@@ -313,9 +314,9 @@ def report(results):
     lines += ["\n## Paired differences over the same seeds\n",
               "| difference | seeds | mean | standard error |", "|---|---|---|---|"]
     pairs = [("mose 0.01", other) for other in (
-        "never trained 0.01", "one expert 0.01", "all four gates 0.01", "mose again 0.01",
-        "own alone 0.01", "free A 0.01", "fixed A 0.01", "rank 8 0.02", "rank 4 0.04",
-        "bf16 states 0.01", "8-bit Adam 0.01")]
+        "never trained 0.01", "one expert 0.01", "all four gates 0.01", "rounded 0.01",
+        "mose again 0.01", "own alone 0.01", "free A 0.01", "fixed A 0.01", "rank 8 0.02",
+        "rank 4 0.04", "bf16 states 0.01", "8-bit Adam 0.01")]
     pairs += [("fixed A 0.02", "mose 0.01"), ("fixed A 0.02", "mose 0.03"),
               ("fixed A, one expert 0.02", "one expert 0.01"),
               ("fixed A, one expert 0.02", "fixed A 0.02")]

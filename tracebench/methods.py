@@ -29,7 +29,7 @@ def attach(method, args, model, file=None):
         return KINDS[method](model, MoSEConfig(
             targets, num_experts=args.experts, rank=args.rank, top_k=args.top_k,
             density=args.density, fixed_A=args.fixed_A, scale=args.scale,
-            router_std=args.router_std))
+            router_std=args.router_std, round_to_bf16=args.round_to_bf16))
     if method == "moe_lora":  # its experts have as many columns together as the one LoRA
         rank, rest = divmod(args.lora_rank, args.experts)
         if rest:
