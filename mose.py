@@ -45,7 +45,8 @@ a finished task computes can change: forgetting is ruled out by construction.
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
 `projection` makes of a token, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch.
-Everywhere else it is the second matrix of the experts.)
+Everywhere else it is the second matrix of the experts. With the option fixed_A, A is random and
+stays so: then (3) is about B alone, and N = E * R * O.)
 
 CHOICE marks what we chose because we did not have the paper's method section. How a task finds a
 source, and a prompt its task, is wholly ours.
@@ -318,10 +319,13 @@ class SubExperts(nn.Module):
 
     @torch.no_grad()
     def learned(self):
-        """What the open task has learned: its new entries, a bool mask (N,), and its router."""
+        """What the open task has learned: its new entries, a bool mask (N,), and its router.
+
+        With round_to_bf16 all that it has learned is rounded here.
+        """
         if self.config.round_to_bf16:
-            # They stay fp32 numbers, but half of their bytes are now 0, and compress to nothing.
-            # What is tested is then what is saved, and what later tasks read.
+            # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing.
+            # So later tasks read the same values that a file holds.
             self.weight.copy_(self.weight.bfloat16())
             self.router.copy_(self.router.bfloat16())
         return self.select(), self.router.detach().to("cpu", copy=True)
@@ -348,7 +352,7 @@ class SubExperts(nn.Module):
     # ---- the life of a token
 
     def split(self, pool):
-        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it."""
+        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it. (fixed_A: A has no rows.)"""
         A, B = pool[:self.size_A], pool[self.size_A:]
         return A.view(self.shape_A), B.view(self.shape_B)
 
@@ -577,7 +581,8 @@ class MoSE:
                        "learn it again with a lower rate")
         name, number = self.open, self.lineage[0]
         has_key = self.open_sums["count"] > 0
-        learned = [layer.learned() for layer in self.layers]  # nothing has changed if this fails
+        # If this fails, nothing has changed, but that some layers may be rounded to bf16 already.
+        learned = [layer.learned() for layer in self.layers]
         for layer, what in zip(self.layers, learned):
             layer.finish(number, *what)
         self.tasks[name] = self.lineage
@@ -800,7 +805,9 @@ class MoSE:
         """
         report = {}
         total = sum(len(layer.owner) for layer in self.layers)
-        routers = 4 * sum(layer.router.numel() for layer in self.layers)
+        # Of a number that is rounded to bf16, two bytes are 0, and compress to nothing.
+        bytes_of_number = 2 if self.config.round_to_bf16 else 4
+        routers = bytes_of_number * sum(layer.router.numel() for layer in self.layers)
         keys, counts = self.keys.key_bytes(), self._counts()
         used, before = 0, 0
         for name, (number, *_) in self.tasks.items():
@@ -1174,7 +1181,7 @@ class TaskKeys:
 
 # ------------------------------------------------------------------------------ helpers
 
-FORMAT = b"MoSE 5\n"  # how the files begin that `save` writes
+FORMAT = b"MoSE 6\n"  # how the files begin that `save` writes
 
 
 def plain_str(name):
@@ -1188,7 +1195,7 @@ def fixed_signs(*shape):
     """Numbers -1.0 or 1.0, the same on every machine, so they are never stored.
 
     They are from a hash, since torch promises no fixed sequence of its generators. With other signs
-    all saved routers and keys would be worthless.
+    all saved routers and keys would be worthless, and every B that was learned with fixed_A.
     """
     digest = bytearray(hashlib.shake_256(b"MoSEs").digest(math.prod(shape)))
     signs = torch.frombuffer(digest, dtype=torch.uint8) % 2

@@ -180,8 +180,8 @@ class Slow(SubExperts):
 
     def add_delta(self, layer, args, out):
         E, R, K = self.config.num_experts, self.config.rank, self.config.top_k
-        (D, _), (_, O) = self.shape_A, self.shape_B
-        size_A = D * E * R
+        D, (_, O), fixed_A = len(self.projection), self.shape_B, self.config.fixed_A
+        size_A = 0 if fixed_A else D * E * R
         # What "c" reads: its new entries, those of its source "b" (number 2), and of A also those
         # of "a" (number 1), which were used when "b" started.
         reads = self.select()
@@ -190,7 +190,8 @@ class Slow(SubExperts):
             of_earlier = owner == 1 and n < size_A and self.mistake != "no earlier A"
             reads[n] |= of_source or of_earlier
         pool = reads * self.frozen.where(self.owner > 0, self.weight)
-        A, B = pool[:size_A].view(D, E, R), pool[size_A:].view(E, R, O)
+        A = (self.fixed_A if fixed_A else pool[:size_A]).view(D, E, R)
+        B = pool[size_A:].view(E, R, O)
         x, delta = args[0], torch.zeros_like(out)
         for b, t in itertools.product(*map(range, out.shape[:2])):
             exps = [math.exp(x[b, t] @ self.projection @ row) for row in self.router]
@@ -202,12 +203,16 @@ class Slow(SubExperts):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, top_k, mistake", [
-    *itertools.product(KINDS, (1, 2, 3), (None,)),
-    *(("grouped", 2, mistake) for mistake in ("sum to 1", "no source", "no earlier A",
-                                                  "no scale"))])  # controls
-def test_the_fast_path_equals_a_loop_over_tokens_and_experts(kind, top_k, mistake, monkeypatch):
-    config = {"num_experts": 3, "rank": 2, "top_k": top_k, "density": 0.5, "scale": 3.0}
+@pytest.mark.parametrize("kind, top_k, fixed_A, mistake", [
+    *itertools.product(KINDS, (1, 2, 3), (False,), (None,)),
+    *((kind, 2, True, None) for kind in KINDS),
+    *(("grouped", 2, False, mistake) for mistake in ("sum to 1", "no source", "no earlier A",
+                                                     "no scale")),  # controls
+    ("grouped", 2, True, "no source")])  # control
+def test_the_fast_path_equals_a_loop_over_tokens_and_experts(
+        kind, top_k, fixed_A, mistake, monkeypatch):
+    config = {"num_experts": 3, "rank": 2, "top_k": top_k, "density": 0.5, "scale": 3.0,
+              "fixed_A": fixed_A}
     with torch.enable_grad():
         mose = learn(learn(attach(kind, **config), "a", "b"), "c", end=False, source="b")
     monkeypatch.setattr("mose.SubExperts", Slow)
@@ -324,8 +329,18 @@ def test_with_a_fixed_matrix_a_tasks_learn_and_store_b_alone(tmp_path):
         assert len(layer.owner) == layer.weight.numel() == math.prod(layer.shape_B)
         a, b, c = (layer.reads(mose.tasks[name]) for name in "abc")
         assert not (a & b).any() and (a & c).equal(a)  # "c" reads what its source reads
-        A_and_to_logits, _ = layer.finished_matrices(mose.tasks["b"])
-        assert A_and_to_logits[:, :64].equal(layer.fixed_A)
+        # Nobody stores A, so files rely on its values: signs, as `fixed_signs` gives them, with the
+        # variance 1 / (3 D) of an A that is learned.
+        assert (layer.fixed_A[0, :4] * math.sqrt(3 * 32)).round().tolist() == [1, -1, -1, 1]
+        assert layer.fixed_A.shape == (32, 64)
+    mose.begin_task("d", "b")
+    assert torch.equal(snapshot(mose, "d")[0], before[1])  # it starts as its source
+    assert not any("fixed_A" in key for key in mose.model.state_dict())
+    mose.forget("d")
+    copied = copy.deepcopy(mose)
+    assert torch.equal(snapshot(copied, *"abc"), before)
+    copied.model.bfloat16()
+    assert all(layer.fixed_A.dtype == torch.float32 for layer in copied.layers)
     again = reloaded(mose, tmp_path / "m")
     learn(again, "d")
     assert torch.equal(snapshot(again, *"abc"), before)
@@ -906,8 +921,9 @@ def test_the_saved_base_holds_no_adapter(guard, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------ cost, and the file
 
 
-def test_capacity_counts_the_bytes_of_the_file(tmp_path):
-    mose, sizes, counted = attach("grouped", router_dim=4), [], []
+@pytest.mark.parametrize("more", [{}, {"round_to_bf16": True}, {"fixed_A": True}], ids=str)
+def test_capacity_counts_the_bytes_of_the_file(more, tmp_path):
+    mose, sizes, counted = attach("grouped", router_dim=4, **more), [], []
     for name in "abcdefgh":
         learn(mose, name)
         mose.save(tmp_path / "m")
@@ -929,17 +945,19 @@ def test_capacity_counts_the_bytes_of_the_file(tmp_path):
         assert abs(added - (total - grown[kind])) > tolerance
 
 
-def test_a_task_that_is_rounded_to_bf16_takes_half_the_bytes_and_stays_what_it_is(tmp_path):
-    whole, rounded = (learn(attach(round_to_bf16=on), *"ab", steps=3) for on in (False, True))
-    for mose, is_rounded in ((whole, False), (rounded, True)):  # whole: control
+def test_what_a_task_has_learned_may_be_rounded_to_bf16_and_then_takes_fewer_bytes(tmp_path):
+    sizes = {}
+    for on in (False, True):  # False: control
+        mose = learn(learn(attach(round_to_bf16=on), *"ab"), "c", source="a")
         for layer in mose.layers:
-            for numbers in (layer.frozen, layer.routers[1], layer.routers[2]):
+            for numbers in (layer.frozen, *layer.routers.values()):
                 assert numbers.dtype == torch.float32
-                assert torch.equal(numbers, numbers.bfloat16().float()) == is_rounded
-        before = snapshot(mose, *"ab")
-        assert torch.equal(snapshot(reloaded(mose, tmp_path / "m"), *"ab"), before)
-    values = [mose.capacity()["b"]["bytes"]["values"] for mose in (whole, rounded)]
-    assert values[1] < 0.6 * values[0]
+                assert torch.equal(numbers, numbers.bfloat16().float()) == on
+        before = snapshot(mose, *"abc")
+        assert torch.equal(snapshot(reloaded(mose, tmp_path / "m"), *"abc"), before)
+        size = mose.capacity()["b"]["bytes"]
+        sizes[on] = size["values"] + size["routers"]
+    assert sizes[True] < 0.6 * sizes[False]
 
 
 def test_learning_goes_on_after_loading_as_if_it_had_never_stopped(tmp_path):
@@ -1004,5 +1022,10 @@ def test_a_value_out_of_range_names_its_field(field):
         refuses(f"{field}: got", lambda: MoSEConfig(**{"top_k": 1, field: value}))
     MoSEConfig(**{"top_k": 1, field: 1})  # control: 1 is in every range
     refuses("top_k: got 5", lambda: MoSEConfig(top_k=5))
-    for name in ("fixed_A", "round_to_bf16"):
-        refuses(f"{name}: got 1, expected a bool", lambda: MoSEConfig(**{name: 1}))
+
+
+@pytest.mark.parametrize("field", ["fixed_A", "round_to_bf16"])
+def test_a_switch_is_a_bool(field):
+    for value in (0, 1, "yes", None):
+        refuses(f"{field}: got {value!r}, expected a bool", lambda: MoSEConfig(**{field: value}))
+    assert getattr(MoSEConfig(**{field: True}), field)  # control

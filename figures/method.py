@@ -39,6 +39,9 @@ def main():
     options = Args(**results["mose"]["args"] | {"device": "cpu", "device_map": ""})
     model, tokenizer = load_model(options)
     mose = MoSE.load(model, args.run / "mose.pt")
+    if mose.config.fixed_A:
+        parser.error(f"{args.run}: with --fixed_A, tasks own no entries of A, which the picture shows: "
+                     "expected a run without it")
     plt.rcParams["font.size"] = 11
     figure, axes = plt.subplots(2, 2, figsize=(11, 9.5), layout="constrained")
     (pool, router), matrices = axes

@@ -82,7 +82,9 @@ BOTH = {
     "a VeRA of rank 256 for each task": ("VeRA r256 1e-1", None),
     "**MoSEs**, the default": ("mose 0.01", "mose 1e-2"),
     "MoSEs, one expert": ("one expert 0.01", "one expert 4.3e-3"),
-    "MoSEs, density 0.003": ("mose 0.003", "mose .003 4.3e-3"),
+    "MoSEs, density 0.003": ("mose 0.003", "mose .003 1e-2"),
+    "MoSEs, fixed A": ("fixed A 0.01", "fixed A 1e-2"),
+    "MoSEs, one expert, fixed A, density 0.02": ("fixed A, one expert 0.02", None),
 }
 
 

@@ -431,7 +431,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "infinite weight": ("weights that are not finite: forget", lambda m, b, p: infinite(m)),
     "an empty checkpoint": ("its format is b''", lambda m, b, p: load(b"", p)),
     "text as checkpoint": ("its format is b'hellohe'", lambda m, b, p: load(b"hello" * 99, p)),
-    "a checkpoint of before": ("expected b'MoSE 5.n'.*learn its tasks again", lambda m, b, p: load(
+    "a checkpoint of before": ("expected b'MoSE 6.n'.*learn its tasks again", lambda m, b, p: load(
         b"MoSE 3\n" + b"hello" * 99, p)),
     "empty data file": ("can't be read as JSON", lambda m, b, p: from_text("", b, p)),
     "broken JSON": ("can't be read as JSON", lambda m, b, p: from_text("[{", b, p)),

@@ -66,9 +66,11 @@ class Args:
     top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to")
     router_std: float = option(MoSEConfig.router_std, "spread of new routers")
     density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
-    fixed_A: bool = option(False, "the matrices A of mose are random and fixed: only B is learned")
+    fixed_A: bool = option(MoSEConfig.fixed_A, "the matrices A of mose and mose_fixed are random and "
+                           "fixed: only B is learned")
     scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
-    round_to_bf16: bool = option(False, "round what a task of mose has learned, for a smaller file")
+    round_to_bf16: bool = option(MoSEConfig.round_to_bf16, "round what a task of mose or mose_fixed "
+                                 "has learned, for a smaller file")
     lora_rank: int = option(8, "rank of a LoRA; the experts of moe_lora share it")
     lora_scale: float = option(4.0, "scale of a LoRA and of moe_lora, alpha / rank")
     replay: float = option(0.05, "share of each earlier task's examples, mixed into a task")
