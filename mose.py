@@ -45,8 +45,10 @@ a finished task computes can change: forgetting is ruled out by construction.
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
 `projection` makes of a token, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch.
-Everywhere else it is the second matrix of the experts. With the option fixed_A, A is random and
-stays so: then (3) is about B alone, and N = E * R * O.)
+Everywhere else it is the second matrix of the experts.)
+
+With the option fixed_A, all tasks share a random A that never changes. Then only B has a mask, (3)
+is about B alone, and N = E * R * O.
 
 CHOICE marks what we chose because we did not have the paper's method section. How a task finds a
 source, and a prompt its task, is wholly ours.
