@@ -305,11 +305,10 @@ def report(results):
                 f"| {name} | {len(runs)} | {spread([r['op'] for r in some])} | "
                 f"{spread([r['bwt'] for r in some])} | "
                 f"{statistics.mean(map(size, some)):,.0f} | {kept:,.0f} |")
-    if any(name.startswith("Clash") for name in found):
-        lines += ["\n## Clash: one task in two halves that contradict each other\n",
-                  "Of transfer-mini (synthetic): 800 examples, 600 steps. Accuracy on 200 `test` "
+    lines += ["\n## Clash: one task in two halves that contradict each other\n",
+              "Of transfer-mini (synthetic): 800 examples, 600 steps. Accuracy on 200 `test` "
               "examples at density 0.01, each row with its best rate.\n",
-                  "| row | seeds | rate | accuracy |", "|---|---|---|---|"]
+              "| row | seeds | rate | accuracy |", "|---|---|---|---|"]
     lines += [f"| {name.removeprefix('Clash, ')} | {len(runs)} | "
               f"{[*runs.values()][0]['args']['lr']} | {spread([r['op'] for r in runs.values()])} |"
               for name, runs in found.items() if name.startswith("Clash")]

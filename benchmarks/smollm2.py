@@ -29,7 +29,8 @@ It was made in six steps, and the rule of each was written before it ran:
 6. MoSEs with a fixed A, at density 0.02: about as many numbers for a task as the default has. In
    `long` they had 33 on NumGLUE-cm with 1e-2 (density 0.01, seed 0), where the default has 98, so
    higher rates follow: 2e-2 and 4e-2 on the four tasks. `long` shows the better one. If it is 4e-2,
-   8e-2 is tried before. Both have 78.0 (70.0 and 86.0, 71.0 and 85.0), and `long` takes 2e-2.
+   8e-2 is tried before. Both have 78.0 (70.0 and 86.0, 71.0 and 85.0), and `long` has 2e-2,
+   which was not run yet.
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. (The runs of MoSEs and `tested once` in `whole` had both

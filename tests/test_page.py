@@ -166,6 +166,15 @@ def check_numbers(page, results):
         check("bytes-table", zip(*columns), t, 0)
 
 
+def test_a_fixed_matrix_a_is_not_drawn(run, visit):
+    page = visit(run[0] / "page.html")
+    assert page.locator("#pictures figure").count() == 2  # control: A is learned here
+    assert "Entries of A and B that" in page.text_content("#counts caption")
+    page.evaluate("data.pool.layers.forEach(layer => layer.A.columns = 0); drawPool()")
+    assert page.locator("#pictures figure").count() == 1
+    assert "Entries of B that" in page.text_content("#counts caption")
+
+
 def test_numbers_equal_the_result_files(run, visit):
     check_numbers(visit(run[0] / "page.html"), run[1])
 

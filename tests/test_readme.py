@@ -190,7 +190,7 @@ def test_the_runs_of_the_benchmarks_have_options_that_are_there():
             for name, options in smollm2.jobs(what, "trace_500").items()}
     searches = [frontier.search(kind, kind, rank, rates, frontier.SCALES)
                 for kind, (ranks, rates) in frontier.PEFT.items() for rank in ranks]
-    for some in (frontier.jobs(), frontier.memory_jobs(), *searches):
+    for some in (frontier.jobs(), frontier.memory_jobs(), frontier.clash_search(), *searches):
         jobs |= {name: options for name, (_, options) in some.items()}
     for options in jobs.values():
         own = train_trace.parse(options)
