@@ -8,7 +8,7 @@
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
 `search` looks for the rates of LoRAs of rank 1 and 8 and of MoSEs: 100 steps a task, `eval`, seed 0.
-It was made in six steps, and the rule of each was written before it ran:
+It was made in seven steps, and the rule of each was written before it ran:
 
 1. Rank 1 on C-STANCE and NumGLUE-ds, rates 3e-3 and 1e-2; the larger mean wins. 3e-3 won, the lower
    one, so 1e-3 was added. `long` ran with 3e-3.
@@ -31,6 +31,8 @@ It was made in six steps, and the rule of each was written before it ran:
    higher rates follow: 2e-2 and 4e-2 on the four tasks. `long` shows the better one. If it is 4e-2,
    8e-2 is tried before. Both have 78.0 (70.0 and 86.0, 71.0 and 85.0), and `long` has 2e-2,
    which was not run yet.
+7. The density: MoSEs with 1e-2 and the densities 0.003 and 0.03 beside the 0.01 of step 3. The rule
+   is that of the density in benchmarks/frontier.py.
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. (The runs of MoSEs and `tested once` in `whole` had both
@@ -68,7 +70,9 @@ SEARCHED = {"search": "C-STANCE,NumGLUE-ds", "search more": "NumGLUE-cm,ScienceQ
 RATES = {"task_lora": ("--lora_lr", ("3e-3", "1e-2")),
          "task_lora r1": ("--lora_lr", ("3e-3", "1e-2", "5e-3", "2e-2")),
          "mose": ("--lr", ("4.3e-3", "1e-2", "2e-2")),
-         "fixed A .02": ("--lr", ("2e-2", "4e-2"))}
+         "fixed A .02": ("--lr", ("2e-2", "4e-2")),
+         "mose .003": ("--lr", ("1e-2",)),
+         "mose .03": ("--lr", ("1e-2",))}
 # {name of a run: its options}, of trace-mini with 100 steps a task. The names of ours end with the
 # rate. (4.3e-3 was their default rate when these runs were made.)
 ABOUT_OURS = {
@@ -110,7 +114,8 @@ def jobs(what, data):
     own = ["--test", "ends", "--lora_lr", "3e-3"]
     if what == "search":
         own += ["--split", "eval"]
-        options = ABOUT_OURS | LONG | {"fixed A .02": FIXED_A}
+        options = ABOUT_OURS | LONG | {
+            "fixed A .02": FIXED_A, "mose .03": ["--methods", "mose", "--density", "0.03"]}
         return {f"{start} {name} {rate} 0": [*own, *options[name], "--tasks", tasks, option, rate]
                 for name, (option, rates) in RATES.items() for rate in rates
                 for start, tasks in SEARCHED.items()}
