@@ -3,12 +3,13 @@
 An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch,
 2.13 or newer.
 
-The base model is frozen. Each adapted linear layer y = x W gets a mixture of E low-rank experts.
-Expert e is a pair of matrices A_e (D, R) and B_e (R, O). All weights of the layer's experts form
-its pool. A task owns a few entries of each pool: its mask selects those with the best scores among
-the free entries, which no finished task owns. It selects in A and in B separately, and the scores
-are learned with the weights. The part of an expert that a task reads is a SubExpert. In each layer
-a task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
+The base model is frozen. Each adapted linear layer y = x W, with D inputs and O outputs, gets a
+mixture of E low-rank experts. Expert e is a pair of matrices A_e (D, R) and B_e (R, O) of rank R.
+All weights of the layer's experts form its pool. A task owns a few entries of each pool: its mask
+selects those with the best scores among the free entries, which no finished task owns. It selects
+in A and in B separately, and the scores are learned with the weights. The part of an expert that a
+task reads is a SubExpert. In each layer a task also has a router, whose gates weigh the experts for
+each token. All but top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
@@ -29,7 +30,8 @@ start from a finished task, its source. Besides its own entries, it then reads w
 and no others.
 
 Since only free entries can be selected, and the routers of finished tasks are stored, nothing that
-a finished task computes can change: forgetting is ruled out by construction.
+a finished task computes can change: forgetting is ruled out by construction. (Which task is found
+for a prompt can still change when there are more tasks.)
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
@@ -94,7 +96,7 @@ class MoSEConfig:
     fixed_A: bool = False  # True: A is random, the same for all tasks, never learned or stored
     scale: float = 8.0  # > 0, factor of the experts' sum, as alpha / rank is that of a LoRA
     router_dim: int = 16  # P >= 1
-    router_std: float = 1.0  # > 0, of a new router's numbers; at 1 its gates are clearly unequal
+    router_std: float = 1.0  # > 0, deviation of a new router; at 1 its gates are clearly unequal
     key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
     round_to_bf16: bool = False  # True: what a task has learned is rounded, so its file is smaller
 
@@ -136,10 +138,11 @@ class StraightThrough(torch.autograd.Function):
     """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All arguments
     are (N,).
 
-    The backward pass ignores which entries are read. This is the straight-through estimator, by
-    which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
-    entries move too, but `select` ignores them.) `score` is an argument only to get a gradient:
-    what the forward pass needs of it is in `reads`.
+    The forward pass multiplies values by `reads`, which has no gradient. So a score gets the
+    gradient that it would have in the place of `reads`: grad * value, whether the entry is read or
+    not. This is the straight-through estimator, by which the scores of all free entries learn, as
+    in Winning SubNetworks. (The scores of used entries move too, but `select` ignores them.)
+    `score` is an argument only to get this gradient.
     """
 
     @staticmethod
@@ -152,8 +155,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
-        # do. But the gradient of a score is a product with the weight, and B starts at 0 (as A does
-        # if the task has a source). So if such a weight stayed at 0, its score would never change.
+        # do. But B starts at 0 (as A does if the task has a source). A weight that stayed at 0
+        # would make the gradient of its score 0, so the score could never learn.
         grad_weight = torch.where(used, 0.0, grad)
         grad_score = grad * value
         return grad_weight, grad_score, None, None, None
@@ -183,7 +186,7 @@ class SubExperts(nn.Module):
 
     Tasks have numbers here, from 1 on. A lineage is a list of them: the number of a task, then that
     of its source, then that of the source's source, and so on. Task 5 has the lineage [5, 2] if it
-    starts from task 2, which started as the bare base.
+    starts from task 2, and task 2 has no source.
 
     The open task is the one that is being learned. It has:
     weight, score   (N,), Parameters
@@ -198,7 +201,7 @@ class SubExperts(nn.Module):
     routers         {number: router (E, P)}, on the CPU, since only a task in force needs its router
 
     The task in force is what the forward pass applies. Each row of a batch may have another task:
-    learning        whether the open task is in force; otherwise finished tasks are, or none
+    open_in_force   whether it is the open task; otherwise finished tasks are in force, or none
     in_force        [(rows, (first, second))] of the finished tasks in force: the rows of the batch
                     that have the task (None: all rows), and the two matrices of `matrices`
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
@@ -234,7 +237,7 @@ class SubExperts(nn.Module):
         self.num_new = [0, 0]
         self.is_open = False
         self.routers = {}
-        self.learning = False
+        self.open_in_force = False
         self.in_force = []
         self.num_rows = None
 
@@ -244,15 +247,15 @@ class SubExperts(nn.Module):
     def begin(self, lineage, need, generator):
         """Prepare a task, which `MoSE.begin_task` opens once all layers are prepared.
 
-        lineage: of the task. If it has one number, the task starts as the bare base.
-        need: the share, 0 .. 1, of the usual number of new entries that it will own.
+        lineage: that of the task. If it has one number, the task starts as the bare base.
+        need: 0 .. 1. The task will own need * density of the free entries.
         generator: draws its scores, its A and its router.
         """
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
         self.zero_grad()
         # CHOICE: density is a share of the entries that are still free, in A and in B each. So
-        # later tasks own fewer entries, and with a density below 1 neither matrix is ever used up.
+        # later tasks own fewer entries, and with a density below 1 some entries always stay free.
         for part, owner in enumerate(self.split(self.owner)):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
@@ -303,7 +306,7 @@ class SubExperts(nn.Module):
     def select(self):
         """The new entries of the open task (N,), a bool mask: the best of the free entries."""
         # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
-        # ones. Here a task reads used entries of A anyway, and those of B would do harm.
+        # ones. Here a task reads used entries of A anyway, and should read none of B (see `reads`).
         free_score = self.score.masked_fill(self.owner > 0, -math.inf)
         score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
         new_A, new_B = self.num_new
@@ -362,8 +365,8 @@ class SubExperts(nn.Module):
         """The two matrices by which a token is multiplied.
 
         The first (D, E*R + E) is A of all experts and, beside it, projection @ router.T. So one
-        product with the token gives both what A makes of it and the logits of the gates. The second
-        (E*R, O) is scale * B. What A makes, times the gates, is multiplied by it.
+        product with the token x gives both x @ A and the logits of the gates. The second (E*R, O)
+        is scale * B: `delta` multiplies x @ A by the gates, and then by this matrix.
         """
         A, B = self.split(pool)
         if self.config.fixed_A:
@@ -406,7 +409,7 @@ class SubExperts(nn.Module):
         """Forward hook of the linear layer: equation (2). It adds the experts' part to `out`."""
         # (If this raises IndexError, the model calls layer(input=x) instead of layer(x).)
         x = args[0]  # (B, T, D)
-        if self.learning:
+        if self.open_in_force:
             return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
         if self.num_rows is not None:
             expect_rows(x, self.num_rows)
@@ -432,8 +435,8 @@ class SubExperts(nn.Module):
 
     def _save_to_state_dict(self, *args):
         # state_dict() holds the base and the Parameters of the open task. When no task is open, it
-        # is the base alone. To go on with an open task, call begin_task with the same source and
-        # need before load_state_dict: these are not in it.
+        # is the base alone. To go on with an open task, load the finished ones, call begin_task
+        # with the same source and need, observe the prompts again, and then call load_state_dict.
         if self.is_open:
             super()._save_to_state_dict(*args)
 
@@ -457,7 +460,7 @@ class MoSE:
 
     layers  the SubExperts, in the order of the model's layers
     tasks   {name: lineage} of the finished tasks, in the order of learning
-    open    name of the task that is being learned, or None. `lineage` is its lineage, and
+    open    name of the task that is being learned, or None. `open_lineage` is its lineage, and
             `open_sums` has the sums for its key.
     active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
@@ -474,7 +477,7 @@ class MoSE:
         self.model = model
         self.config = config or MoSEConfig()
         self.tasks = {}
-        self.open, self.lineage, self.open_sums = None, None, None
+        self.open, self.open_lineage, self.open_sums = None, None, None
         self.active = None
         self.last_number = 0  # the number of the newest task; none is used twice
         check_model(model)
@@ -543,9 +546,9 @@ class MoSE:
         # All processes have to draw the same numbers.
         seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.lineage = [self.last_number + 1, *self.tasks.get(source, [])]
+        lineage = [self.last_number + 1, *self.tasks.get(source, [])]
         for layer in self.layers:
-            layer.begin(self.lineage, need, generator)
+            layer.begin(lineage, need, generator)
         # A task with a source may get no new entry: then its routers learn alone.
         expect(source is not None or any(layer.can_learn() for layer in self.layers),
                f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
@@ -554,6 +557,7 @@ class MoSE:
             layer.is_open = True
         self.last_number += 1
         self.open = name
+        self.open_lineage = lineage
         self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
         self.set_task(name)
 
@@ -581,13 +585,13 @@ class MoSE:
         finite = all(p.isfinite().all() for layer in self.layers for p in layer.parameters())
         expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
                        "learn it again with a lower rate")
-        name, number = self.open, self.lineage[0]
+        name, number = self.open, self.open_lineage[0]
         has_key = self.open_sums["count"] > 0
-        # If this fails, nothing has changed, but that some layers may be rounded to bf16 already.
+        # If this fails, nothing has changed, except that some layers may be rounded already.
         learned = [layer.learned() for layer in self.layers]
         for layer, what in zip(self.layers, learned):
             layer.finish(number, *what)
-        self.tasks[name] = self.lineage
+        self.tasks[name] = self.open_lineage
         self.open = None
         self.set_task(None)  # so the bare base is in force if anything below fails
         if has_key:
@@ -619,20 +623,21 @@ class MoSE:
             task = plain_str(task)
         is_list = isinstance(task, list)
         names = [*task] if is_list else [task]
-        learning = self.open is not None and task == self.open
+        open_in_force = self.open is not None and task == self.open
         unknown = [name for name in names if name is not None and name not in self.tasks]
-        expect(learning or not unknown,
+        expect(open_in_force or not unknown,
                f"unknown tasks {unknown}: expected finished ones, {[*self.tasks]}, or the open "
                f"task alone, {self.open!r}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
         if task is not None:  # the bare base needs no experts
             check_layers(self.model, self.layers)
         rows_of = {}  # {name of a finished task: its rows of the batch, or None for all rows}
-        for name in self.tasks:
-            if name in names and is_list:
-                rows_of[name] = [i for i, other in enumerate(names) if other == name]
-            elif name in names:
-                rows_of[name] = None
+        if is_list:
+            for row, name in enumerate(names):
+                if name is not None:
+                    rows_of.setdefault(name, []).append(row)
+        elif task in self.tasks:
+            rows_of[task] = None
         # All matrices are made first: a failure must not leave layers with different tasks.
         in_force = []
         for layer in self.layers:
@@ -644,7 +649,7 @@ class MoSE:
             in_force.append(pairs)
         for layer, pairs in zip(self.layers, in_force):
             layer.in_force = pairs
-            layer.learning = learning
+            layer.open_in_force = open_in_force
             layer.num_rows = len(names) if is_list else None
         self.active = names if is_list else task
 
@@ -661,6 +666,7 @@ class MoSE:
         try:
             yield
         finally:
+            # The task before may have been forgotten or renamed in the block.
             names = before if isinstance(before, list) else [before]
             finished = all(name is None or name in self.tasks for name in names)
             still_there = finished or before == self.open
@@ -676,7 +682,8 @@ class MoSE:
     def observe(self, input_ids, attention_mask=None, task=None):
         """Add prompts (B, T) to the key of the open task, or of a finished one that is named.
 
-        No pass through the model. With several processes, let each observe all prompts.
+        No pass through the model. With several processes, let each observe all prompts: the sums
+        are not exchanged, and all processes need the same keys.
         """
         task = None if task is None else plain_str(task)
         expect(task is not None or self.open is not None,
@@ -727,7 +734,7 @@ class MoSE:
         expect(name in known, f"can't forget {name!r}: expected one of {known}"
                + (", since this task is open" if self.open is not None else ""))
         if name == self.open:
-            number, *_ = self.lineage
+            number, *_ = self.open_lineage
         else:
             number, *_ = self.tasks.pop(name)
         self.keys.tasks.pop(name, None)
@@ -737,9 +744,10 @@ class MoSE:
             layer.routers.pop(number, None)
             layer.keep_only(self.tasks.values())
         counts = self._counts()
-        self.packed = {n: own for n, own in self.packed.items() if counts.get(n) == own[0]}
-        in_force = self.active if isinstance(self.active, list) else [self.active]
-        if name in in_force:
+        # Tasks with fewer entries than before are to be compressed anew.
+        self.packed = {n: pack for n, pack in self.packed.items() if counts.get(n) == pack[0]}
+        names_in_force = self.active if isinstance(self.active, list) else [self.active]
+        if name in names_in_force:
             self.set_task(None)
 
     def rename(self, old, new):
@@ -813,6 +821,7 @@ class MoSE:
         keys, counts = self.keys.key_bytes(), self._counts()
         used, before = 0, 0
         for name, (number, *_) in self.tasks.items():
+            # (Numbers between those of two tasks are of forgotten ones.)
             own = [self._pack(n, count) for n, count in counts.items() if before < n <= number]
             before = number
             new = sum(count for count, _, _ in own)
@@ -937,10 +946,11 @@ class TaskKeys:
 
     x is a prompt as numbers, m the mean of a task's prompts, and s their standard deviation,
     one number for all dimensions. All three are without the text that all tasks share: `infer`
-    and `own_text` take it out. S is the mean of s over all tasks. C is the shape of a covariance
-    that all tasks share. Its mean variance is 1.
+    and `own_text` take it out. S is the mean of s over all tasks. C is a covariance that all tasks
+    share, scaled so that its mean variance is 1. dim is the length of x: key_dim, or the width of
+    the embeddings if that is less.
 
-        distance   = (x - m)^T C^-1 (x - m) / dim,  dim = key_dim
+        distance   = (x - m)^T C^-1 (x - m) / dim
         likelihood = (1 + dim / FREEDOM * distance / v) ^ (-(FREEDOM + dim) / 2) / v^(dim / 2)
         v          = s * S
 
@@ -949,19 +959,19 @@ class TaskKeys:
     that lack the system prompt enlarge the variance of their task, and a Gaussian would then
     send other prompts to the wrong task. v lies between the task's own variance, s^2, and the
     typical one, S^2. With s^2, a prompt slightly off the mean of a narrow task would go to a
-    wide one. A prompt can also belong to none of the tasks, and this depends on distance / s^2
-    for the most likely one.
+    wide one. A prompt gets a task in any case, but the confidence falls towards 0 if the prompt is
+    far from this task: if its distance is large, compared with the s^2 of the task.
 
     The shared text is what nearly all prompts of every task hold, such as a chat template,
     which would hide what differs. Only running sums are kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
-            mean      (key_dim,), of the prompts
+            mean      (dim,), of the prompts
             variance  of the prompts, a number: the mean over all dimensions
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
-    pooled  (key_dim, key_dim), C is made of it: the sum of all scatter matrices, each divided as
+    pooled  (dim, dim), C is made of it: the sum of all scatter matrices, each divided as
             `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T.
             `pooled` stays when a task is forgotten, since it tells how prompts differ in general.
     """
@@ -970,7 +980,8 @@ class TaskKeys:
     # one prompt in twenty without the chat template must not hide it.
     COMMON = 0.95
     # `merge` adds this share of the mean |x|^2 to the scatter of a new task, spread evenly over all
-    # dimensions, as if there were one more prompt. So a task of equal prompts has a variance too.
+    # dimensions, as if one more prompt had this squared distance from the mean. So a task of equal
+    # prompts has a variance too.
     IMAGINARY = 0.01
     # The pooled covariance is shrunk towards a multiple of the identity, which counts as much as
     # SHRINKAGE * key_dim prompts. A few prompts alone show only a few of the directions in which
@@ -978,11 +989,12 @@ class TaskKeys:
     SHRINKAGE = 0.25
     # Degrees of freedom of the t distribution: the fewer, the heavier its tails.
     FREEDOM = 8
-    # At least this share of each task's prompts, by weight, must be outside of the shared tokens.
-    # If one task has less, its own text is too little to compare, and no token counts as shared.
+    # In the prompts of each task, the tokens that are not shared must have at least this part of
+    # the weights. With less, the own text of a task is too little to compare, and no token counts
+    # as shared.
     LEAST_OWN = 0.02
-    # "None of the tasks" is a Gaussian with the mean of the most likely task, and this many times
-    # its standard deviation.
+    # A prompt that fits none of the tasks is modelled as a Gaussian with the mean of the most
+    # likely task, and this many times its standard deviation.
     WIDER = 3.0
 
     def __init__(self, embedding, key_dim):
@@ -1009,14 +1021,14 @@ class TaskKeys:
         return plain(self.embedding.weight, self.embedding)
 
     def embed(self, table, tokens, weights):
-        """The weighted sum of token embeddings under the projection, (key_dim,)."""
+        """The weighted sum of token embeddings under the projection, (dim,)."""
         outside = tokens[tokens >= len(table)].tolist()  # on a GPU, these would end the process
         expect(not outside, f"got the ids {outside[:3]}, but there are {len(table)} embeddings: "
                             "expected ids of the model's own tokenizer")
         vectors = table[tokens.to(table.device)].float().cpu()
         with autocast_off(vectors.device):
             x = weights @ vectors @ self.projection
-        return x.double()  # `merge` subtracts large sums
+        return x.double()  # `merge` takes small differences of large sums
 
     # ---- the life of a task
 
@@ -1033,11 +1045,11 @@ class TaskKeys:
         table = self.table()
         bags = [self.tokens_and_weights(ids) for ids in prompts]
         vectors = [self.embed(table, tokens, weights) for tokens, weights in bags]
-        # A task of prompts without such a mean would have a variance of 0 or nan. Through `pooled`,
-        # this would spoil the keys of all tasks.
+        # If x were 0 for all prompts of a task, or not finite for one, its variance would be 0 or
+        # nan. Through `pooled`, this would spoil the keys of all tasks.
         expect(all(x.isfinite().all() and x.any() for x in vectors),
                "the mean embedding of a prompt is 0 or not finite. If it is nothing but padding, "
-               "pass its attention_mask, or leave it out")
+               "pass its attention_mask, or drop the prompt")
         for (tokens, weights), x in zip(bags, vectors):
             sums["count"] += 1
             sums["x"] += x
@@ -1073,10 +1085,9 @@ class TaskKeys:
         common = {token: total / count for token, (held, total) in tokens.items()
                   if held >= self.COMMON * count}
         self.tasks[name] = count, mean.float(), variance, common
-        # CHOICE: a task of short prompts counts more in the covariance than others, and does not
-        # dominate it. Short prompts have a large variance. Undivided, their scatter would dominate;
-        # divided by the variance, it would count like any other, though such tasks are harder to
-        # tell apart. So it is divided by sqrt(variance).
+        # CHOICE: the scatter of a task is divided by the root of its variance. Short prompts have a
+        # large variance. Undivided, their task would dominate the covariance. Divided by the
+        # variance, it would count like any other, though such tasks are harder to tell apart.
         self.pooled += scatter / math.sqrt(variance)
 
     # ---- which task
@@ -1103,15 +1114,15 @@ class TaskKeys:
         # not depend on the scale of the embeddings, and after it, so that distances do not depend
         # on SHRINKAGE.
         covariance = self.pooled / self.pooled.diagonal().mean()
-        # Only the prompts of tasks that are there count: those of a forgotten task may have come
-        # again, say if it was learned with several rates.
+        # Only the prompts of tasks that are there count. Those of a forgotten task may be in
+        # `pooled` several times, say if it was learned again with other rates.
         count = sum(count for count, _, _, _ in self.tasks.values())
         covariance += self.SHRINKAGE * dim / count * torch.eye(dim, **CPU_FP32)
         covariance /= covariance.diagonal().mean()
-        root = torch.linalg.cholesky(covariance)
+        factor = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
         for mean, deviation in tasks:
-            z = torch.linalg.solve_triangular(root, (own - mean).T, upper=False)
+            z = torch.linalg.solve_triangular(factor, (own - mean).T, upper=False)
             distance = z.square().mean(0)  # (B,)
             v = deviation * typical_deviation
             # The log of the likelihood, up to a constant that all tasks share.
@@ -1121,10 +1132,11 @@ class TaskKeys:
         logits = torch.stack(logits, dim=1)  # (B, tasks)
         best = logits.argmax(1, keepdim=True)
         ratio = torch.stack(ratios, dim=1).gather(1, best)[:, 0]
-        # CHOICE: "none of the tasks" is one more class, a Gaussian at the mean of the best task,
-        # and WIDER times as wide. Without it, a prompt far from every task would belong to the
-        # nearest for sure. (`log_odds` are those of none against the best task. With WIDER = 3 they
-        # are 0 at the ratio 2.5.)
+        # CHOICE: a second test compares the best task alone with "none of the tasks". Both are
+        # Gaussians with the mean of the task, and the second is WIDER times as wide. Without this,
+        # the confidence in the nearest task would be 1 for a prompt far from all of them.
+        # (`log_odds` are those of none against the task. With WIDER = 3 they are 0 at the ratio
+        # 2.5.)
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
         # A prompt of nothing but shared text says nothing about its task.
@@ -1135,8 +1147,8 @@ class TaskKeys:
     def own_text(self, name, table, shared):
         """(mean, standard deviation) of a task's prompts without the tokens that all tasks share.
 
-        A mean of whole prompts is a sum: the shared tokens with their weights, and the mean of all
-        other tokens times what is left of the weights.
+        The mean of whole prompts is the weighted sum of the shared tokens, plus the own mean times
+        what is left of the weights. So the own mean follows from the other two.
         """
         _, mean, variance, common = self.tasks[name]
         weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
@@ -1157,20 +1169,20 @@ class TaskKeys:
     # ---- what is kept
 
     def state(self):
-        """What a file holds: of `pooled` only its root, a triangle, in bf16."""
+        """What a file holds: of `pooled` only its Cholesky factor, a triangle, in bf16."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
-        root = torch.linalg.cholesky(self.pooled) if self.pooled.any() else self.pooled
-        return self.tasks, root[rows, columns].bfloat16()
+        factor = torch.linalg.cholesky(self.pooled) if self.pooled.any() else self.pooled
+        return self.tasks, factor[rows, columns].bfloat16()
 
     @torch.inference_mode(False)
     def restore(self, tasks, triangle):
-        """The inverse of `state`. However its root is rounded, root root^T is a covariance."""
+        """The inverse of `state`. However a factor is rounded, factor factor^T is a covariance."""
         rows, columns = torch.tril_indices(*self.pooled.shape, device="cpu")
         fits = all(len(mean) == len(self.pooled) for _, mean, _, _ in tasks.values())
         expect(fits and triangle.shape == rows.shape, "its keys have another size")
-        root = torch.zeros_like(self.pooled)
-        root[rows, columns] = triangle.double()
-        self.tasks, self.pooled = tasks, root @ root.T
+        factor = torch.zeros_like(self.pooled)
+        factor[rows, columns] = triangle.double()
+        self.tasks, self.pooled = tasks, factor @ factor.T
 
     def key_bytes(self):
         """{task: bytes of its key}. The covariance, which all share, counts with the first one."""
