@@ -11,7 +11,7 @@ the method, not TRACE.
 All methods that learn go through the same loop and data, in the same order of tasks (joint has no
 order, and replay takes some more steps):
 
-    floor      no model: one constant answer, or a piece of the prompt, whichever is best on train
+    floor      no model: one constant answer, or a piece of the prompt: the best on some of train
     base       the model as it is
     lora       one LoRA, trained in sequence: it forgets
     replay     the same, with a share of the earlier tasks' examples in each task
@@ -24,9 +24,9 @@ order, and replay takes some more steps):
 
 By default these are lora, replay, task_lora and mose.
 
-Scores are TRACE's own, decoded greedily (TRACE samples at temperature 0.1). On real TRACE data they
-compare with papers that use its 0.5K split, order and metrics, for the same base model only. No
-score on trace-mini compares with any paper's.
+Answers are decoded greedily (TRACE samples at temperature 0.1), and scored by TRACE's metrics. On
+real TRACE data the scores compare with papers that use its 0.5K split, order and metrics, for the
+same base model only. No score on trace-mini compares with any paper's.
 """
 
 # /// script
@@ -59,7 +59,8 @@ from tracebench.model import (
     passes_of_this_process)
 from tracebench.options import ROOT, parse
 from tracebench.runs import (
-    Record, Tested, draw, facts_of_run, locked_folders, note_data, start_anew, unfinished)
+    Record, Tested, facts_of_run, locked_folders, note_inputs, start_anew, unfinished,
+    write_report)
 from tracebench.scores import SCORES, floor, mean
 
 
@@ -104,7 +105,7 @@ def learn_in_a_row(record, model, tokenizer, tasks, bar):
         adapter = record.save_and_reopen(adapter, task, source, num_trained, report)
 
         tests = {}
-        for other in tasks_to_test(method, args, tasks, t):  # this one, and most often earlier ones
+        for other in tasks_to_test(method, args, tasks, t):  # this one, and others as --test says
             tests[other.name] = evaluate(model, tokenizer, adapter, other, args)
         row = record.add(tests)  # the mean score of each task with the task known, or None
         bar.write(f"{method:10} {t + 1} {task.name:12} {scores_in_words(row)}")
@@ -122,7 +123,7 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: share_of_rate(step, len(plan), args.schedule))
-    for p in parameters:  # so each process has gradients to add up, even without a share of a batch
+    for p in parameters:  # `add_up` needs gradients of all processes, even of one without examples
         p.grad = torch.zeros_like(p)
     model.train()
     for step, batch in enumerate(plan):
@@ -249,7 +250,7 @@ def main(args):
         if todo:
             session(todo, runs, args)
         if processes.RANK == 0:
-            draw(runs)
+            write_report(runs)
 
 
 def session(todo, runs, args):
@@ -266,12 +267,13 @@ def session(todo, runs, args):
         for folder, its_args in runs.items():
             start_anew(folder, dataclasses.asdict(its_args))
     processes.wait()
-    for folder in runs:
-        note_data(folder, tasks)
+    for folder, its_args in runs.items():
+        note_inputs(folder, its_args, model, tasks)
     try:
         learn_and_test(todo, args, model, tokenizer, tasks)
     except torch.OutOfMemoryError as error:
-        ways = ", then ".join(f"--resume {folder} --tokens {args.tokens // 2}" for folder in runs)
+        ways = ", then ".join(f"--resume {folder} --tokens {args.tokens // 2}"
+                              for folder in dict.fromkeys(folder for folder, _, _ in todo))
         raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say: {ways} "
                          "(and --checkpointing, if one row is too long)") from error
 
@@ -296,7 +298,7 @@ def learn_and_test(todo, args, model, tokenizer, tasks):
                 torch.cuda.reset_peak_memory_stats(gpu)
         if record.method not in ("floor", "base"):
             learn_in_a_row(record, model, tokenizer, tasks, bar)
-        elif not record.done():  # an interrupted run may have its scores, and no result file yet
+        elif not record.num_done():  # an interrupted run may have its scores, and no result file yet
             test_once(record, model, tokenizer, tasks, bar)
         record.finish(facts_of_run(record, model, tasks), zero_shot)
     bar.close()

@@ -16,4 +16,4 @@ def pytest_configure(config):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Runs of train_trace.py leave out tables and figures, which take longer than a short run."""
-    monkeypatch.setattr("train_trace.draw", lambda runs: None)
+    monkeypatch.setattr("train_trace.write_report", lambda runs: None)

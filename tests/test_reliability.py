@@ -164,9 +164,32 @@ def test_resume_refuses_data_that_has_changed_since(tmp_path, monkeypatch, guard
             train_trace.main(train_trace.parse(["--resume", "runs/r"]))
         file.write_bytes(before)
     else:
-        monkeypatch.setattr(train_trace, "note_data", lambda folder, tasks: None)
+        monkeypatch.setattr(train_trace, "note_inputs", lambda *given: None)
     train_trace.main(train_trace.parse(["--resume", "runs/r"]))
     assert Path("runs/r/lora.json").exists()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_resume_refuses_another_base(tmp_path, monkeypatch, noted):
+    """Off: nothing is noted of the base, and the run goes on with it in another dtype."""
+    monkeypatch.chdir(tmp_path)
+    train_trace.main(dataclasses.replace(SHORT, name="r", methods="lora", dtype="auto"))
+    Path("runs/r/lora.json").unlink()
+    notes = json.loads(Path("runs/r/args.json").read_text())
+    assert notes["base"] == {"device": "cpu", "dtype": "torch.float32", "commit": None}
+    if not noted:
+        del notes["base"]
+        Path("runs/r/args.json").write_text(json.dumps(notes))
+    # As on a machine whose default is bf16.
+    monkeypatch.setattr("tracebench.model.choose_device", lambda args: ("cpu", torch.bfloat16))
+    again = train_trace.parse(["--resume", "runs/r", "--tokens", "700"])
+    if noted:
+        with pytest.raises(ValueError, match="torch.float32'} when this run began, and with .*16'}"):
+            train_trace.main(again)
+    else:
+        train_trace.main(again)
+        # Another --tokens is noted, so that the next --resume goes on with it.
+        assert train_trace.parse(["--resume", "runs/r"]).tokens == 700
 
 
 def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):

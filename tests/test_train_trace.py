@@ -21,6 +21,7 @@ import train_trace
 from figures import report
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
 from tracebench.methods import METHODS, attach, lessons, tasks_to_test
+from tracebench.model import choose_device
 from tracebench.options import PRESETS, ROOT, Args
 from tracebench.runs import Record, claim, start_anew
 from tracebench.scores import TASKS, floor
@@ -533,7 +534,7 @@ def test_ask_reads_the_tokens_of_a_prompt_that_training_and_testing_read(
     train_trace.main(train_trace.parse(["--device", "cpu", *prompt]))  # the model is in the notes
     (ids, answer), = asked
     assert ids == read_by_training and answer == positions - len(ids)
-    assert answer == task.longest_answer() == task.max_new
+    assert answer == task.longest == task.max_new
     out = capsys.readouterr().out
     assert f"the model reads the last {task.limit} of them" in out
     notes = Path("runs/default/args.json")
@@ -668,6 +669,7 @@ def test_a_wrong_option_is_named(base, options, message):
     ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
     ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "0"], ["--lr", "nan"],
     ["--test", "never"], ["--top_k", "5"], ["--experts", "0"], ["--lora_scale", "0"],
+    ["--name", ""], ["--seeds", str(10**15)], ["--device_map", "auto", "--device", "cpu"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -740,6 +742,26 @@ def test_one_of_several_processes_does_not_take_all_gpus(monkeypatch, capsys):
     assert "--device_map spreads a base over the GPUs of one process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("here", [None, torch.device("cuda")])
+def test_the_preset_for_a_gpu_needs_one(here, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: here)
+    preset = Args(preset="gpu", **PRESETS["gpu"])
+    assert choose_device(dataclasses.replace(preset, device="cpu")) == ("cpu", torch.bfloat16)
+    raises = pytest.raises(ValueError, match="torch sees no GPU.*--device cpu")
+    with contextlib.nullcontext() if here else raises:
+        choose_device(preset)
+
+
+@pytest.mark.parametrize("options, warned", [
+    ("--methods lora --lr 1e-3", True), ("--methods mose --lr 1e-3", False),
+    ("--methods mose --lora_rank 4", True), ("--methods moe_lora --experts 8", False),
+    ("--methods mose --replay 0.1", True), ("--methods floor --seeds 3", False),
+    ("--preset gpu --device cpu --methods mose", False)])  # the preset has another lora_lr
+def test_an_option_that_nothing_reads_makes_a_warning(options, warned, capsys):
+    train_trace.parse(options.split())
+    assert ("has no effect here" in capsys.readouterr().out) == warned
+
+
 def test_every_option_has_its_default_and_a_help(capsys):
     assert train_trace.parse([]) == Args()
     with pytest.raises(SystemExit):
@@ -758,6 +780,17 @@ def test_results_are_not_overwritten_without_force(run, monkeypatch):
     with pytest.raises(ValueError, match="can't be read"):
         train_trace.main(Args(name="new", data="nowhere"))
     claim(Path("runs/new")).close()  # of a run that failed at once nothing is lost
+
+
+@pytest.mark.parametrize("name, is_kept", [
+    ("mose.pt", True), ("mose-3.pt", True), ("mose.progress.json", True), ("table.md", True),
+    ("mose-1.pt", False), ("mose.pt.tmp", False)])  # controls: from before the first test
+def test_an_adapter_without_its_result_is_not_overwritten_either(tmp_path, name, is_kept):
+    (tmp_path / "args.json").write_text(json.dumps({"options": {}}))
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="--force") if is_kept else contextlib.nullcontext():
+        claim(tmp_path).close()
+    claim(tmp_path, force=True).close()
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -36,7 +36,8 @@ def fetch(base, task, split):
             return where, file.read()
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{where}: can't be read ({error}): expected a file of this name for each "
-                         "of --tasks") from error
+                         "of --tasks" + url * "; if the address can't be reached, download the data "
+                         "and give its folder as --data") from error
 
 
 def rows_of(where, content):
@@ -71,18 +72,18 @@ def read(base, task, split):
     return rows_of(*fetch(base, task, split))
 
 
-def sample(rows, count, seed):
+def sample(rows, count, what):
     """A random sample of `count` rows in their order, always the same one; all rows for 0.
 
     The first rows would not do: a file that is sorted by answer begins with one answer only. The
     sample does not depend on the seed of a run, so that all methods and seeds are compared on it.
-    seed: words from which it is drawn, such as "FOMC, --max_train". They also stand in a warning.
+    what: words such as "FOMC, --max_train". They stand in a warning, and are the seed.
     """
     if count > len(rows):
-        print(f"warning: {seed}: {count} were asked for, but there are {len(rows)}: all are taken")
+        print(f"warning: {what}: {count} were asked for, but there are {len(rows)}: all are taken")
     if count == 0 or count >= len(rows):
         return [*rows]
-    chosen = random.Random(seed).sample(range(len(rows)), count)
+    chosen = random.Random(what).sample(range(len(rows)), count)
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -129,6 +130,7 @@ class Task:
     test_prompt_ids: list  # ids of the test prompts, not cut either
     golds: list  # texts of the right answers to test_prompt_ids, as the tokenizer can write them
     limit: int  # tokens of a prompt that the model reads, its last ones
+    longest: int  # tokens of the longest answer in train.json
     max_new: int  # tokens that a tested answer may have
     train_texts: list  # all rows {"prompt", "answer"} of train.json
     test_texts: list  # those of the test examples
@@ -137,10 +139,6 @@ class Task:
     def probe_examples(self):
         """Some examples of train, on which finished tasks are tried before this one is learned."""
         return sample(self.train, min(PROBE_EXAMPLES, len(self.train)), f"{self.name}, probe")
-
-    def longest_answer(self):
-        """Tokens of the longest answer in train."""
-        return max(sum(label != -100 for label in labels) for _, labels in self.train)
 
     def error_of_a_constant(self):
         """The share of the probe's examples that the best constant answer gets wrong."""
@@ -185,7 +183,7 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
         train_prompt_ids=[prompt for prompt, _ in encoded],
         test_prompt_ids=[prompt for prompt, _ in encoded_test],
         golds=writable_golds(tokenizer, name, test, [answer for _, answer in encoded_test]),
-        limit=limit, max_new=max_new,
+        limit=limit, longest=longest, max_new=max_new,
         train_texts=train, test_texts=test,
         digests={part: hashlib.sha256(content).hexdigest()
                  for part, (_, content) in files.items()})

@@ -34,7 +34,7 @@ def attach(method, args, model, file=None):
         rank, rest = divmod(args.lora_rank, args.experts)
         if rest:
             raise ValueError(f"moe_lora: --experts {args.experts} can't share --lora_rank "
-                             f"{args.lora_rank}: expected a multiple")
+                             f"{args.lora_rank}: expected it to be a multiple of --experts")
         return MoELoRA(model, targets, rank=rank, scale=args.lora_scale, experts=args.experts,
                        top_k=args.top_k, router_std=args.router_std)
     return KINDS[method](model, targets, rank=args.lora_rank, scale=args.lora_scale)

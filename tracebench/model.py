@@ -19,9 +19,12 @@ IDLE = [([0, 0], [-100, -100])]
 
 
 def choose_device(args):
-    """(device, dtype) as asked for, or the best that is here."""
+    """(device, dtype) as asked for, or the best that is here. Raises ValueError if a GPU is needed."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = best.type if args.device == "auto" else args.device
+    if args.preset == "gpu" and args.device == "auto" and device == "cpu":
+        raise ValueError("--preset gpu: torch sees no GPU. On a CPU this takes days: add --device "
+                         "cpu if you want that")
     if args.dtype != "auto":
         return device, getattr(torch, args.dtype)
     # (A GPU older than Ampere only emulates bf16, which is slower than fp32.)

@@ -10,7 +10,7 @@ import transformers
 from mose import MoSEConfig
 from tracebench import processes
 from tracebench.data import listed
-from tracebench.methods import METHODS
+from tracebench.methods import KINDS, METHODS, OURS
 from tracebench.runs import notes_of
 from tracebench.scores import SCORES, TASKS
 
@@ -46,7 +46,7 @@ class Args:
     seeds: str = option("0", "seeds of what is drawn and of the order of the data; 0,1,2 makes "
                         "the runs NAME-0 to NAME-2")
     epochs: str = option("4", "epochs of each task: a number, a list (5,3,..), trace for TRACE's "
-                         "own, or short for less than half of these")
+                         "own, or short (2,1,3,2,1,2,2,3)")
     lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 0.22 / root of the base's width)")
     lora_lr: float = option(5e-3, "learning rate of all other methods")
     schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
@@ -73,7 +73,8 @@ class Args:
                                  "has learned, for a smaller file")
     lora_rank: int = option(8, "rank of a LoRA; the experts of moe_lora share it")
     lora_scale: float = option(4.0, "scale of a LoRA and of moe_lora, alpha / rank")
-    replay: float = option(0.05, "share of each earlier task's examples, mixed into a task")
+    replay: float = option(0.05, "share of each earlier task's examples, drawn from all of "
+                           "them and mixed into a task")
     resume: str = option("", "go on with an interrupted run: its folder, and no other option but "
                          "--tokens and --checkpointing")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
@@ -86,9 +87,18 @@ class Args:
         "metavar": ("FILE", "PROMPT"), "help": "only answer a prompt, with an adapter of mose"})
 
 
-# These decide how much memory a run takes, and not what it computes (up to rounding). So a run that
-# ran out of memory may go on with others.
+# These decide how much memory a run takes, and not what it computes (up to rounding, and up to the
+# masks that a base with dropout draws). So a run that ran out of memory may go on with others.
 OF_MEMORY = ("tokens", "checkpointing")
+
+# {option: the methods that read it}
+READ_BY = {
+    **dict.fromkeys(("lr", "rank", "density", "fixed_A", "scale", "round_to_bf16"), OURS),
+    **dict.fromkeys(("experts", "top_k", "router_std"), ("moe_lora", *OURS)),
+    **dict.fromkeys(("lora_lr", "lora_rank", "lora_scale"),
+                    [method for method in KINDS if method not in OURS]),
+    "replay": ("replay",),
+}
 
 LOWEST = {"batch": 1, "tokens": 1, "max_prompt": 2, "max_train": 0, "max_test": 0,
           "experts": 1, "rank": 1, "top_k": 1, "lora_rank": 1}
@@ -110,6 +120,7 @@ def parse(argv=None):
         check(args)
     except ValueError as error:
         parser.error(str(error))
+    warn_of_unread(args)
     for name in ("model", "data"):  # --resume may be called from another folder
         if Path(getattr(args, name)).exists():
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
@@ -122,6 +133,10 @@ def check(args):
     if not all(seed.isdecimal() for seed in seeds) or len({*map(int, seeds)}) < len(seeds):
         raise ValueError(
             f"--seeds: got {args.seeds!r}, expected whole numbers, each once: 0 or 0,1,2")
+    if max(map(int, seeds)) >= 10**15:  # torch takes 64 bits, and a thousand seeds are made of each
+        raise ValueError(f"--seeds: got {args.seeds}, expected numbers below 10**15")
+    if not args.name:
+        raise ValueError("--name: got an empty name, expected that of a folder in runs/")
     if not {*methods} <= {*METHODS} or len({*methods}) < len(methods):
         raise ValueError(
             f"--methods: got {args.methods!r}, expected each once, of {', '.join(METHODS)}")
@@ -129,13 +144,15 @@ def check(args):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}: got {getattr(args, name)}, expected at least {least}")
     if args.top_k > args.experts:
-        raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}")
+        raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}: "
+                         f"give --top_k {args.experts} too")
     if not 0 <= args.lr < math.inf:
         raise ValueError(f"--lr: got {args.lr}, expected a rate above 0, or 0 for the default")
     if not 0 < args.lora_lr < math.inf:
         raise ValueError(f"--lora_lr: got {args.lora_lr}, expected a rate above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu")
+        raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu (or "
+                         "--resume where there is one)")
     if not 0 < args.lora_scale < math.inf:
         raise ValueError(f"--lora_scale: got {args.lora_scale}, expected a scale above 0")
     if not 0 <= args.replay <= 1:
@@ -143,6 +160,9 @@ def check(args):
     if args.shard and args.device_map:
         raise ValueError("--shard and --device_map: expected one of them, since --shard spreads each "
                          "layer over all processes, and --device_map whole layers over one's GPUs")
+    if args.device_map and args.device != "auto":
+        raise ValueError(f"--device_map chooses where the base lies, so --device {args.device} would "
+                         "have no effect: leave one of them out")
     if args.device_map and processes.WORLD > 1:
         raise ValueError("--device_map spreads a base over the GPUs of one process, and torchrun has "
                          "started several: start one, or take --shard")
@@ -155,13 +175,25 @@ def check(args):
         raise ValueError(f"--ask: got {len(args.ask)} values, expected FILE and \"PROMPT\"")
 
 
+def warn_of_unread(args):
+    """Print which options have been given that no method of this run reads."""
+    defaults = Args(**PRESETS[args.preset])
+    for name, methods in READ_BY.items():
+        if getattr(args, name) != getattr(defaults, name):
+            if not {*methods} & {*listed(args.methods)}:
+                print(f"warning: --{name} has no effect here: only {', '.join(methods)} read it")
+
+
 def interrupted(args, changed):
     """The Args that the run of --resume began with, but for those that are `changed`, a dict.
     Raises ValueError if it can't go on."""
     file = Path(args.resume) / "args.json"
-    if args != Args(**{"resume": args.resume} | changed):
-        raise ValueError("--resume: the run goes on with the options that it began with. Only "
-                         "--tokens and --checkpointing may be others")
+    allowed = Args(**PRESETS[args.preset] | {"resume": args.resume} | changed)
+    others = [name for name, value in vars(allowed).items() if getattr(args, name) != value]
+    if others:
+        raise ValueError("--resume: the run goes on with the options that it began with, and only "
+                         "--tokens and --checkpointing may be others: leave out --"
+                         + ", --".join(others))
     if not file.exists():
         raise ValueError(
             f"--resume: there is no {file}, so no run to go on with (each of several seeds is a "

@@ -2,7 +2,7 @@
 needs to go on. It knows the names of all files, so that the loop of train_trace.py need not.
 
     lock                  held while a process works in the folder
-    args.json             options of the run, digests of its data files, tokens of prompts it reads
+    args.json             what `note_inputs` notes of the run: its options, base and data
     METHOD.pt             the adapter that has learned all tasks
     METHOD.json           the result
     METHOD-3.pt           the adapter after three tasks, the last ones that were tested
@@ -80,8 +80,10 @@ def claim(folder, go_on=False, force=False):
         if files and not notes_of(folder):  # whoever made them would lose them
             raise ValueError(f"{folder} has files that are not of a run of this script, such as "
                              f"{files[0].name}: choose another --name")
-        done = [file for file in files if file.suffix == ".json" and file.name != "args.json"]
-        if done and not force:  # nothing is lost of a run that failed before its first task
+        # Of a run that failed before its first task was tested, nothing is lost.
+        worthless = ("args.json", "-1.pt", ".tmp")
+        done = [file for file in files if not file.name.endswith(worthless)]
+        if done and not force:
             raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
                              "with it, or --force to overwrite it")
     return lock
@@ -118,11 +120,22 @@ def unfinished(runs, go_on):
             if not (go_on and (folder / f"{method}.json").exists())]
 
 
-def note_data(folder, tasks):
-    """Note in args.json which data a run reads, how much of a prompt, and how long its answers are.
-    Raises ValueError if an interrupted run of that folder began with other data."""
+def note_inputs(folder, args, model, tasks):
+    """Note in args.json what a run reads: its options (--tokens may be others than at its start), the
+    base, the data, how much of a prompt, and how long the answers are. Raises ValueError if an
+    interrupted run of that folder began with another base or other data."""
     file = folder / "args.json"
     notes = notes_of(folder)
+    # Options like --device auto mean another thing on another machine. A model of the hub has a
+    # commit, and may get another one.
+    base = {"device": model.device.type, "dtype": str(model.dtype),
+            "commit": getattr(model.config, "_commit_hash", None)}
+    other = {key: value for key, value in notes.get("base", base).items() if value != base[key]}
+    if other:
+        here = {key: base[key] for key in other}
+        raise ValueError(f"{folder}: the base was loaded with {other} when this run began, and with "
+                         f"{here} now: resume it on a machine like that, or start again with "
+                         "another --name")
     digests = {task.name: task.digests for task in tasks}
     began = notes.get("data", digests)
     changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
@@ -132,11 +145,12 @@ def note_data(folder, tasks):
                          f"{', '.join(changed)}; put it back, or start again with another --name")
     if processes.RANK == 0:
         limits = {task.name: task.limit for task in tasks}
-        answers = {task.name: task.longest_answer() for task in tasks}
-        write_json(file, notes | {"data": digests, "limits": limits, "answers": answers})
+        answers = {task.name: task.longest for task in tasks}
+        write_json(file, notes | {"options": dataclasses.asdict(args), "base": base,
+                                  "data": digests, "limits": limits, "answers": answers})
 
 
-def draw(runs):
+def write_report(runs):
     """Tables and figures of finished runs, by a process of its own: whatever it does, the results
     are safe."""
     command = [sys.executable, "-m", "figures.report", *map(str, runs)]
@@ -184,17 +198,17 @@ class Record:
         if self.state.exists():  # `start_anew` has removed it, unless this run goes on
             self.result = json.loads(self.state.read_text())
 
-    def done(self):
+    def num_done(self):
         """The number of lessons that are learned and tested."""
         return len(self.result["R"])
 
     def remaining(self, lessons):
         """[(number, Task)] of the lessons that are not done yet."""
-        return [*enumerate(lessons)][self.done():]
+        return [*enumerate(lessons)][self.num_done():]
 
     def adapter(self, model):
         """The adapter as the last lesson left it, or a new one; attached to the model."""
-        file = self.folder / f"{self.method}-{self.done()}.pt" if self.done() else None
+        file = self.folder / f"{self.method}-{self.num_done()}.pt" if self.num_done() else None
         return attach(self.method, self.args, model, file)
 
     def start_clock(self):
@@ -217,7 +231,7 @@ class Record:
         rounding, since the same sums may be added in another order there.)
         """
         result = self.result
-        file = self.folder / f"{self.method}-{self.done() + 1}.pt"
+        file = self.folder / f"{self.method}-{self.num_done() + 1}.pt"
         if processes.RANK == 0:
             adapter.save(file)
         processes.wait()
@@ -247,16 +261,17 @@ class Record:
             result["task_id_accuracy"] = [test.right for test in tests.values()]
         if processes.RANK == 0:
             write_json(self.state, result)
-            before = self.folder / f"{self.method}-{self.done() - 1}.pt"
+            before = self.folder / f"{self.method}-{self.num_done() - 1}.pt"
             before.unlink(missing_ok=True)
         return row
 
     def finish(self, facts, zero_shot):
         """Write the result and the last adapter under their final names; the rest goes."""
+        processes.wait()  # all may have to read the last adapter, if they went on from it
         if processes.RANK > 0:
             return
         result = self.result
-        last = self.folder / f"{self.method}-{self.done()}.pt"
+        last = self.folder / f"{self.method}-{self.num_done()}.pt"
         if result["bytes"]:  # floor and base have no adapter
             write_bytes(self.folder / f"{self.method}.pt", last.read_bytes())
         tail = summarize(result["R_tail"]) if result["R_tail"] else {}
@@ -287,8 +302,9 @@ def facts_of_run(record, model, tasks):
 
 
 def peak_memory(device):
-    """Bytes: of the memory of all GPUs that this process uses, or of this process on a CPU. There it
-    counts from the start of the process, so it is the peak of all methods so far."""
+    """Bytes. On GPUs, the peak of what this process has allocated on all of them, for this method
+    alone. On a CPU, the peak of this process since it was started, so of all methods so far. Either
+    way, what a run did before it was interrupted does not count."""
     if device.type == "cuda":
         return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     unit = 1 if sys.platform == "darwin" else 1024
