@@ -55,7 +55,7 @@ from figures.report import public, spread, standard_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(10)
-DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.03")
+DENSITIES = ("0.001", "0.003", "0.01", "0.015", "0.02", "0.03")
 SEARCHED_DENSITIES = ("0.005", "0.01", "0.015", "0.02", "0.03")
 # Of B alone: with 0.02, a task has about as many entries as with 0.01 of A and of B.
 FIXED_A_DENSITIES = ("0.003", "0.01", "0.02")
