@@ -32,7 +32,7 @@ It was made in eight steps, and the rule of each was written before it ran:
    8e-2 is tried before. Both have 78.0 (70.0 and 86.0, 71.0 and 85.0), and `long` has 2e-2,
    which was not run yet.
 7. The density: MoSEs with 1e-2 and the densities 0.001, 0.003 and 0.03 beside the 0.01 of step 3.
-   The rule is that of the density in benchmarks/frontier.py.
+   The rule, and what came of it, is that of the density in benchmarks/frontier.py.
 8. LoRAs of rank 2, the size between ranks 1 and 8, with the two rates of rank 8. Nothing is chosen
    by this: `long` has no rank 2.
 
@@ -324,17 +324,27 @@ def report(results):
                   f"\nBWT of `task_lora` is {run['bwt']:+.2f} there, and not exactly 0, though each "
                   "task has a file of its own: the answers to MeetingBank, of up to 515 tokens, "
                   "were not all the same when they were made again. The cause was not found."]
-    searched = of(results, "search ")
-    if searched:
-        lines += ["\n## Rates that were searched\n\ntrace-mini, 100 steps a task, `eval`, seed 0: "
-                  "C-STANCE and NumGLUE-ds, and where it says `more`, NumGLUE-cm and ScienceQA.\n",
-                  "| run | OP |", "|---|---|",
-                  *(f"| `{name}` | {spread([r['op'] for r in some])} |"
-                    for name, some in searched.items())]
+    lines += search_table(of(results, "search "))
     for run in of(results, "memory ").get("mose", []):
         lines += [f"\n## Memory\n\nScienceQA and MeetingBank of TRACE-0.5K, 96 training examples "
                   f"each, --tokens {run['args']['tokens']}: {cost([run])}."]
     return "\n".join(lines) + "\n"
+
+
+def search_table(searched):
+    """Lines: what was searched, of all four tasks. searched: {name: [result]} of pairs of tasks."""
+    yield ("\n## Rates and densities that were searched\n\ntrace-mini, 100 steps a task, `eval`, "
+           "seed 0. OP of two tasks each, the mean of all four, and the bytes of a task (half of the "
+           "matrix that the keys of MoSEs share is in them). The name ends with the rate.\n")
+    yield "| run | " + " | ".join(SEARCHED.values()).replace(",", ", ") + " | mean | bytes |"
+    yield "|---" * (3 + len(SEARCHED)) + "|"
+    for name in dict.fromkeys(name.removeprefix("more ") for name in searched):
+        pairs = [run for start in ("", "more ") for run in searched.get(start + name, [])]
+        op = {run["args"]["tasks"]: run["op"] for run in pairs}
+        cells = [f"{op[tasks]:.1f}" if tasks in op else "" for tasks in SEARCHED.values()]
+        cells.append(f"{mean([*op.values()]):.1f}" if len(op) == len(SEARCHED) else "")
+        size = mean([run["bytes"][-1] / len(run["tasks"]) for run in pairs])
+        yield f"| `{name}` | " + " | ".join(cells) + f" | {size:,.0f} |"
 
 
 def main():
