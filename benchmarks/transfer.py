@@ -56,15 +56,15 @@ def setup(seed, split="test"):
     loop.transformers.logging.set_verbosity_error()
     loop.transformers.logging.disable_progress_bar()
     loop.datasets.disable_progress_bars()
-    metrics = "Vault=accuracy,Fetch=accuracy,Shuffled=accuracy,Verdict=accuracy,Clash=accuracy"
-    args = Args(seeds=str(seed), device="cpu", metric=metrics, split=split, lora_lr=1e-2)
+    args = Args(seeds=str(seed), device="cpu", split=split, lora_lr=1e-2)
     return args, *loop.load_model(args)
 
 
 def load(args, model, tokenizer, name, size=400, called=None, steps=STEPS):
     """A task with a sample of `size` training examples, and about as many steps for every size."""
-    folder = "trace-mini" if name in TASKS else "transfer-mini"
-    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder), max_train=size)
+    folder, metric = ("trace-mini", "") if name in TASKS else ("transfer-mini", f"{name}=accuracy")
+    args = dataclasses.replace(args, tasks=name, data=str(ROOT / "assets" / folder), metric=metric,
+                               max_train=size)
     task, = loop.load_tasks(args, tokenizer, model)
     epochs = round(steps * (3 if name == "Vault" and size == 400 else 1) / -(-size // args.batch))
     return dataclasses.replace(task, name=called or name, epochs=epochs)

@@ -104,6 +104,13 @@ def test_the_probe_counts_answers_that_are_not_right_in_every_token(monkeypatch)
     assert train_trace.probe(model, tokenizer, task, args) == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("name", [*transfer.EARLY, *transfer.RELATED, *transfer.CONTROLS])
+def test_the_benchmark_loads_each_of_its_tasks(name):
+    args, *base = transfer.setup(seed=0)
+    task = transfer.load(args, *base, name, size=50, called="other")
+    assert (task.name, len(task.train), task.epochs) == ("other", 50, 25)
+
+
 @pytest.mark.parametrize("errors, guess, best", [
     ([0.5, 0.4, 0.9, 0.9, 1.0], 1.0, "FOMC"), ([0.8, 0.8, 0.8, 0.8, 1.0], 1.0, None),
     ([0.5, 0.4, 0.9, 0.9, 1.0], 0.5, None), ([0.5, 0.3, 0.9, 0.9, 1.0], 0.5, "FOMC")])
