@@ -11,7 +11,7 @@ the method, not TRACE.
 All methods that learn go through the same loop and data, in the same order of tasks (joint has no
 order, and replay takes some more steps):
 
-    floor      no model: one constant answer, or a piece of the prompt: the best on some of train
+    floor      no model, but a constant answer or a piece of the prompt, the best on a part of train
     base       the model as it is
     lora       one LoRA, trained in sequence: it forgets
     replay     the same, with a share of the earlier tasks' examples in each task

@@ -347,10 +347,12 @@ def report(results):
         "never trained 0.01", "one expert 0.01", "all four gates 0.01", "rounded 0.01",
         "mose again 0.01", "own alone 0.01", "free A 0.01", "fixed A 0.01", "rank 8 0.02",
         "rank 4 0.04", "bf16 states 0.01", "8-bit Adam 0.01")]
-    pairs += [("mose 0.015", "mose 0.01"), ("fixed A 0.02", "mose 0.01"),
+    pairs += [("mose 0.015", "mose 0.01"), ("mose 0.02", "mose 0.01"),
+              ("mose 0.02", "mose 0.03"), ("mose 0.02", "one expert 0.01"),
+              ("fixed A 0.02", "mose 0.01"), ("fixed A 0.02", "mose 0.02"),
               ("fixed A 0.02", "mose 0.03"), ("fixed A, one expert 0.02", "one expert 0.01"),
               ("fixed A, one expert 0.02", "fixed A 0.02")]
-    ours = ("mose 0.01", "one expert 0.01", "fixed A 0.02", "fixed A, one expert 0.02")
+    ours = ("mose 0.01", "mose 0.02", "one expert 0.01", "fixed A 0.02", "fixed A, one expert 0.02")
     pairs += [(one, other) for one in ours for other in found
               if other.startswith(("task_lora", *PEFT))]
     pairs += [("Clash, four experts", f"Clash, {row}") for row in CLASH if row != "four experts"]
@@ -360,7 +362,7 @@ def report(results):
         if len(gaps) > 1:
             lines.append(f"| {one} - {other} | {len(both)} | {statistics.mean(gaps):+.1f} | "
                          f"{standard_error(gaps):.1f} |")
-    lines += ["\n## Rates and scales that were searched (`eval`, seeds 0 ..)\n",
+    lines += ["\n## Rates, scales and densities that were searched (`eval`, seeds 0 ..)\n",
               "| method | seeds | OP |", "|---|---|---|"]
     lines += [f"| {name.removeprefix('search ')} | {len(runs)} | "
               f"{spread([r['op'] for r in runs.values()])} |"

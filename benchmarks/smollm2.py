@@ -96,6 +96,7 @@ LONG = {f"{name} {rate}": [*options, "--lr", rate]
         for rate in ("1e-2", "4.3e-3") for name, options in ABOUT_OURS.items()}
 LONG |= {
     "mose 2e-2": ["--methods", "mose", "--lr", "2e-2"],
+    "mose .02 1e-2": ["--methods", "mose", "--density", "0.02", "--lr", "1e-2"],
     "mose .005 1e-2": ["--methods", "mose", "--density", "0.005", "--lr", "1e-2"],
     # About the bytes of MoSEs, with the rate of the other LoRAs and with its own.
     "task_lora r1": ["--methods", "task_lora", "--lora_rank", "1"],
@@ -324,7 +325,9 @@ def report(results):
                   f"\nBWT of `task_lora` is {run['bwt']:+.2f} there, and not exactly 0, though each "
                   "task has a file of its own: the answers to MeetingBank, of up to 515 tokens, "
                   "were not all the same when they were made again. The cause was not found."]
-    lines += search_table(of(results, "search "))
+    searched = of(results, "search ")
+    if searched:
+        lines += search_table(searched)
     for run in of(results, "memory ").get("mose", []):
         lines += [f"\n## Memory\n\nScienceQA and MeetingBank of TRACE-0.5K, 96 training examples "
                   f"each, --tokens {run['args']['tokens']}: {cost([run])}."]

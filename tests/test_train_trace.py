@@ -20,9 +20,9 @@ from tqdm import tqdm
 import train_trace
 from figures import report
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
-from tracebench.methods import METHODS, attach, lessons, tasks_to_test
+from tracebench.methods import KINDS, METHODS, attach, lessons, rate, tasks_to_test
 from tracebench.model import choose_device
-from tracebench.options import PRESETS, ROOT, Args
+from tracebench.options import PRESETS, READ_BY, ROOT, Args
 from tracebench.runs import Record, claim, start_anew
 from tracebench.scores import TASKS, floor
 
@@ -755,11 +755,28 @@ def test_the_preset_for_a_gpu_needs_one(here, monkeypatch):
 @pytest.mark.parametrize("options, warned", [
     ("--methods lora --lr 1e-3", True), ("--methods mose --lr 1e-3", False),
     ("--methods mose --lora_rank 4", True), ("--methods moe_lora --experts 8", False),
-    ("--methods mose --replay 0.1", True), ("--methods floor --seeds 3", False),
+    ("--methods mose --replay 0.1", True), ("--methods floor,replay --replay 0.1", False),
     ("--preset gpu --device cpu --methods mose", False)])  # the preset has another lora_lr
 def test_an_option_that_nothing_reads_makes_a_warning(options, warned, capsys):
     train_trace.parse(options.split())
     assert ("has no effect here" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_the_options_that_a_method_reads_are_those_of_the_table(method, base):
+    read = []
+
+    class Spy(Args):
+        def __getattribute__(self, name):
+            read.append(name)
+            return super().__getattribute__(name)
+
+    args = Spy()
+    read.clear()
+    attach(method, args, base[0]).detach()
+    rate(method, args, base[0])
+    lessons(method, args, train_trace.load_tasks(Args(**SHORT), base[1], base[0]))
+    assert {*read} & {*READ_BY} == {name for name, by in READ_BY.items() if method in by}
 
 
 def test_every_option_has_its_default_and_a_help(capsys):
@@ -783,8 +800,8 @@ def test_results_are_not_overwritten_without_force(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name, is_kept", [
-    ("mose.pt", True), ("mose-3.pt", True), ("mose.progress.json", True), ("table.md", True),
-    ("mose-1.pt", False), ("mose.pt.tmp", False)])  # controls: from before the first test
+    ("mose.pt", True), ("joint-1.pt", True), ("mose.progress.json", True), ("table.md", True),
+    ("mose.pt.tmp", False)])  # control: half of a file
 def test_an_adapter_without_its_result_is_not_overwritten_either(tmp_path, name, is_kept):
     (tmp_path / "args.json").write_text(json.dumps({"options": {}}))
     (tmp_path / name).write_text("")

@@ -120,7 +120,8 @@ def parse(argv=None):
         check(args)
     except ValueError as error:
         parser.error(str(error))
-    warn_of_unread(args)
+    if processes.RANK == 0:
+        warn_of_unread(args)
     for name in ("model", "data"):  # --resume may be called from another folder
         if Path(getattr(args, name)).exists():
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
@@ -152,7 +153,7 @@ def check(args):
         raise ValueError(f"--lora_lr: got {args.lora_lr}, expected a rate above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu (or "
-                         "--resume where there is one)")
+                         "resume on a machine with a GPU)")
     if not 0 < args.lora_scale < math.inf:
         raise ValueError(f"--lora_scale: got {args.lora_scale}, expected a scale above 0")
     if not 0 <= args.replay <= 1:
@@ -160,9 +161,8 @@ def check(args):
     if args.shard and args.device_map:
         raise ValueError("--shard and --device_map: expected one of them, since --shard spreads each "
                          "layer over all processes, and --device_map whole layers over one's GPUs")
-    if args.device_map and args.device != "auto":
-        raise ValueError(f"--device_map chooses where the base lies, so --device {args.device} would "
-                         "have no effect: leave one of them out")
+    if args.device_map and args.device != "auto" and not args.resume:
+        raise ValueError("--device_map chooses the devices itself: leave --device out")
     if args.device_map and processes.WORLD > 1:
         raise ValueError("--device_map spreads a base over the GPUs of one process, and torchrun has "
                          "started several: start one, or take --shard")
@@ -176,7 +176,7 @@ def check(args):
 
 
 def warn_of_unread(args):
-    """Print which options have been given that no method of this run reads."""
+    """Print which options differ from their defaults though no method of this run reads them."""
     defaults = Args(**PRESETS[args.preset])
     for name, methods in READ_BY.items():
         if getattr(args, name) != getattr(defaults, name):
@@ -185,7 +185,7 @@ def warn_of_unread(args):
 
 
 def interrupted(args, changed):
-    """The Args that the run of --resume began with, but for those that are `changed`, a dict.
+    """The Args that are noted for the run of --resume, but for those that are `changed`, a dict.
     Raises ValueError if it can't go on."""
     file = Path(args.resume) / "args.json"
     allowed = Args(**PRESETS[args.preset] | {"resume": args.resume} | changed)

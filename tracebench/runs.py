@@ -80,10 +80,9 @@ def claim(folder, go_on=False, force=False):
         if files and not notes_of(folder):  # whoever made them would lose them
             raise ValueError(f"{folder} has files that are not of a run of this script, such as "
                              f"{files[0].name}: choose another --name")
-        # Of a run that failed before its first task was tested, nothing is lost.
-        worthless = ("args.json", "-1.pt", ".tmp")
-        done = [file for file in files if not file.name.endswith(worthless)]
-        if done and not force:
+        # Nothing is lost of a run that failed before its first adapter was saved.
+        kept = [file for file in files if file.name != "args.json" and file.suffix != ".tmp"]
+        if kept and not force:
             raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
                              "with it, or --force to overwrite it")
     return lock
@@ -121,21 +120,17 @@ def unfinished(runs, go_on):
 
 
 def note_inputs(folder, args, model, tasks):
-    """Note in args.json what a run reads: its options (--tokens may be others than at its start), the
-    base, the data, how much of a prompt, and how long the answers are. Raises ValueError if an
-    interrupted run of that folder began with another base or other data."""
+    """Note in args.json what a run reads: its options (--tokens may have changed), the base, the data,
+    how much of a prompt, and how long the answers are. Raises ValueError if an interrupted run of
+    that folder began with the base in another dtype, or on another device, or with other data."""
     file = folder / "args.json"
     notes = notes_of(folder)
-    # Options like --device auto mean another thing on another machine. A model of the hub has a
-    # commit, and may get another one.
-    base = {"device": model.device.type, "dtype": str(model.dtype),
-            "commit": getattr(model.config, "_commit_hash", None)}
-    other = {key: value for key, value in notes.get("base", base).items() if value != base[key]}
-    if other:
-        here = {key: base[key] for key in other}
-        raise ValueError(f"{folder}: the base was loaded with {other} when this run began, and with "
-                         f"{here} now: resume it on a machine like that, or start again with "
-                         "another --name")
+    # --device auto and --dtype auto mean another thing on another machine.
+    base = f"{model.dtype} on {model.device.type}"
+    began_with = notes.get("base", base)
+    if began_with != base:
+        raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {base} now: "
+                         "resume it on a machine like that, or start again with another --name")
     digests = {task.name: task.digests for task in tasks}
     began = notes.get("data", digests)
     changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
@@ -267,7 +262,7 @@ class Record:
 
     def finish(self, facts, zero_shot):
         """Write the result and the last adapter under their final names; the rest goes."""
-        processes.wait()  # all may have to read the last adapter, if they went on from it
+        processes.wait()  # another process may still be reading the last adapter
         if processes.RANK > 0:
             return
         result = self.result
