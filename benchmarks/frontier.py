@@ -4,7 +4,7 @@
     python -m benchmarks.frontier memory    # ways to learn with less memory (needs bitsandbytes)
     python -m benchmarks.frontier peft      # SHiRA, VeRA and LoRAs with a frozen A (needs peft)
     python -m benchmarks.frontier clash     # one task in two halves that contradict each other
-    python -m benchmarks.frontier report    # results/frontier.json, .md and .png of all that ran
+    python -m benchmarks.frontier report    # results/frontier.json, .md and pictures of all that ran
 
 Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
 where it was stopped. `report` adds what has run here to what results/frontier.json holds already.
@@ -376,28 +376,49 @@ def in_bf16(results, rounded, size="bytes_bf16"):
             for name, found in rounded.items() if name in results}
 
 
-TICKS = (1, 2, 3, 5, 10, 20, 50)  # of the axis, in kB
+# {name of runs on tiny-llm: that of the same on SmolLM2, in results/smollm2.json}
+ON_SMOLLM2 = {
+    LORAS[1]: "task_lora r1 1e-2", LORAS[8]: "task_lora", "mose 0.003": "mose .003 1e-2",
+    "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2",
+    "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2"}
 
 
-def draw(results, rounded, file):
-    """The picture: OP against bytes a task, as they are saved, and as few as possible."""
+def from_smollm2(runs):
+    """The runs of results/smollm2.json that have the names of runs on tiny-llm, under these."""
+    return {f"{name} {seed}": run for name, other in ON_SMOLLM2.items() for seed in range(3)
+            for key, run in runs.items() if key.startswith(f"long {other} {seed}: ")}
+
+
+def draw(results, rounded, large, file):
+    """The pictures: OP against bytes a task on both bases, as they are saved (`file`), and on
+    tiny-llm as few bytes as possible (file-bf16). large: the results of SmolLM2."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    draw_points(axes[0], results)
-    draw_points(axes[1], in_bf16(results, rounded, "bytes_bf16_without_keys"))
-    axes[0].set(ylabel="OP: mean score of eight tasks",
-                title="as they are saved: fp32, with the keys of MoSEs")
-    axes[1].set(title="the same in bf16, without keys (the task is given)")
-    for axis in axes:
-        axis.set(xscale="log", xlim=(9e2, 8e4), xlabel="kB a task")
-        axis.set_xticks([1000 * kB for kB in TICKS], TICKS)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[1].legend(loc="lower right", fontsize=9)
-    figure.suptitle("tiny-llm on trace-mini (synthetic). Bars: standard deviation over seeds")
+    draw_panel(axes[0], results, "tiny-llm, 1.1M parameters (ten seeds)", (5, 10, 20, 50))
+    draw_panel(axes[1], large, "SmolLM2-135M (three seeds; one where there is no bar)",
+               (50, 100, 200, 500, 1000, 2000))
+    axes[0].set_ylabel("OP: mean score of eight tasks")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", fontsize=9)
+    figure.suptitle("The eight tasks of trace-mini (synthetic), in fp32, with the keys of MoSEs. "
+                    "Bars: standard deviation")
     figure.savefig(file, dpi=100)
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    draw_panel(axis, in_bf16(results, rounded, "bytes_bf16_without_keys"),
+               "tiny-llm, in bf16 and without keys (the task is given)", (1, 2, 5, 10, 20))
+    axis.set_ylabel("OP: mean score of eight tasks")
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(file.with_stem(f"{file.stem}-bf16"), dpi=100)
+
+
+def draw_panel(axis, results, title, ticks):
+    """One base. ticks: of the axis of bytes, in kB."""
+    draw_points(axis, results)
+    axis.set(xscale="log", xlim=(700 * ticks[0], 1400 * ticks[-1]), xlabel="kB a task", title=title)
+    axis.set_xticks([1000 * kB for kB in ticks], [f"{kB:,}" for kB in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
 
 
 def draw_points(axis, results):
@@ -475,7 +496,8 @@ def main():
     file.write_text(json.dumps(results) + "\n")
     (ROOT / "results/frontier.md").write_text(report(results), encoding="utf-8")
     rounded = json.loads((ROOT / "results/bf16.json").read_text())
-    draw(results, rounded, ROOT / "results/frontier.png")
+    large = json.loads((ROOT / "results/smollm2.json").read_text())["runs"]
+    draw(results, rounded, from_smollm2(large), ROOT / "results/frontier.png")
     print(report(results))
 
 

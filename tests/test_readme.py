@@ -132,6 +132,7 @@ FRONTIER = {
     "MoSEs, density 0.003": "mose 0.003",
     "**MoSEs**, density 0.01, the default": "mose 0.01",
     "MoSEs, density 0.015": "mose 0.015",
+    "MoSEs, density 0.02": "mose 0.02",
     "MoSEs, density 0.03": "mose 0.03",
     "MoSEs, density 0.01, one expert of rank 64": "one expert 0.01",
     "MoSEs, fixed A, density 0.01": "fixed A 0.01",
