@@ -445,8 +445,13 @@ def draw_points(axis, results):
             continue
         sizes, scores, names = zip(*points)
         means = [statistics.mean(some) for some in scores]
-        errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in scores]
-        axis.errorbar(sizes, means, errors, fmt=style, capsize=3, label=label, color=colour)
+        several = [(x, statistics.mean(some), statistics.stdev(some))
+                   for x, some, _ in points if len(some) > 1]
+        if several:
+            axis.errorbar(*zip(*several), fmt=style, capsize=3, label=label, color=colour)
+        single = [(x, op) for x, (op, *rest), _ in points if not rest]
+        if single:  # no line goes through them
+            axis.plot(*zip(*single), style[0], color=colour)
         for x, y, name in zip(sizes, means, names) if len(names) > 1 else ():
             axis.annotate(name, (x, y), place, textcoords="offset points", fontsize=9,
                           ha="left" if place == below else "right")

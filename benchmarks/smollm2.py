@@ -34,7 +34,7 @@ It was made in eight steps, and the rule of each was written before it ran:
 7. The density: MoSEs with 1e-2 and the densities 0.001, 0.003 and 0.03 beside the 0.01 of step 3.
    The rule, and what came of it, is that of the density in benchmarks/frontier.py.
 8. LoRAs of rank 2, the size between ranks 1 and 8, with the two rates of rank 8. Nothing is chosen
-   by this: `long` has no rank 2.
+   by this: `long` has no rank 2. (They were not run yet.)
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. (The runs of MoSEs and `tested once` in `whole` had both
