@@ -298,7 +298,7 @@ def learn_and_test(todo, args, model, tokenizer, tasks):
                 torch.cuda.reset_peak_memory_stats(gpu)
         if record.method not in ("floor", "base"):
             learn_in_a_row(record, model, tokenizer, tasks, bar)
-        elif not record.num_done():  # an interrupted run may have its scores, and no result file yet
+        elif not record.num_done():  # it may have its scores already, and no result file yet
             test_once(record, model, tokenizer, tasks, bar)
         record.finish(facts_of_run(record, model, tasks), zero_shot)
     bar.close()

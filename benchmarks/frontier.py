@@ -437,24 +437,24 @@ def draw_points(axis, results):
             ("fixed A 0.", "MoSEs with a fixed A (density)", "o:", "#999999", below),
             ("fixed A, one expert 0.", "MoSEs with a fixed A, one expert (density)", "D-",
              "#009e73", above)):
-        points = sorted(
-            (statistics.mean(map(size, runs.values())), [r["op"] for r in runs.values()],
-             re.search(r"[\d.]+", name).group())  # its rank or density
-            for name, runs in groups(results).items() if name.startswith(start))
-        if not points:
-            continue
-        sizes, scores, names = zip(*points)
-        means = [statistics.mean(some) for some in scores]
-        several = [(x, statistics.mean(some), statistics.stdev(some))
-                   for x, some, _ in points if len(some) > 1]
+        points = []  # (bytes, OP, its deviation or None for one seed, rank or density)
+        for name, runs in groups(results).items():
+            if name.startswith(start):
+                scores = [r["op"] for r in runs.values()]
+                deviation = statistics.stdev(scores) if len(scores) > 1 else None
+                points.append((statistics.mean(map(size, runs.values())), statistics.mean(scores),
+                               deviation, re.search(r"[\d.]+", name).group()))
+        points.sort()
+        several = [(x, y, deviation) for x, y, deviation, _ in points if deviation is not None]
         if several:
             axis.errorbar(*zip(*several), fmt=style, capsize=3, label=label, color=colour)
-        single = [(x, op) for x, (op, *rest), _ in points if not rest]
+        single = [(x, y) for x, y, deviation, _ in points if deviation is None]
         if single:  # no line goes through them
             axis.plot(*zip(*single), style[0], color=colour)
-        for x, y, name in zip(sizes, means, names) if len(names) > 1 else ():
-            axis.annotate(name, (x, y), place, textcoords="offset points", fontsize=9,
-                          ha="left" if place == below else "right")
+        if len(points) > 1:
+            for x, y, _, number in points:
+                axis.annotate(number, (x, y), place, textcoords="offset points", fontsize=9,
+                              ha="left" if place == below else "right")
 
 
 def main():
