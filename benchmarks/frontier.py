@@ -114,7 +114,12 @@ for kind in ("SHiRA", "VeRA", "FrozenA"):
 from benchmarks import peft_tasks
 from tracebench import methods
 methods.KINDS["task_lora"] = peft_tasks.{kind}
-peft_tasks.SEED = int(sys.argv[sys.argv.index("--seeds") + 1])
+parse = train_trace.parse
+def parse_with_seed(argv=None):
+    args = parse(argv)
+    peft_tasks.SEED = int(args.seeds)
+    return args
+train_trace.parse = parse_with_seed
 """
 # {kind: (ranks, rates)}. A SHiRA of rank 1 has as many numbers as a LoRA of rank 1, and a VeRA of
 # rank 256 has one and a half times as many bytes. The last rates of both were added since the
