@@ -1,7 +1,7 @@
 """Mixtures of SubExperts (MoSEs): a language model learns task after task and forgets none.
 
-An unofficial reference of arXiv 2511.06237 in plain PyTorch. Copy this file: it needs only torch,
-2.13 or newer.
+An unofficial reconstruction of arXiv 2511.06237 in plain PyTorch, made from its abstract,
+introduction and captions. Copy this file: it needs only torch, 2.13 or newer.
 
 The base model is frozen. Each adapted linear layer y = x W, with D inputs and O outputs, gets a
 mixture of E low-rank experts. Expert e is a pair of matrices A_e (D, R) and B_e (R, O) of rank R.
@@ -54,7 +54,8 @@ is about B alone, and N = E * R * O.
 
 CHOICE marks what we chose because we did not have the paper's method section. How a task finds a
 source, and a prompt its task, is wholly ours.
-DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds.
+DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds. In
+these, each weight of a network has a learned score, and the mask of a task selects the best ones.
 
 To learn the method, read down to the line in the middle of the class MoSE that says so. What comes
 after it is forgetting, saving and checks, with one exception: how a prompt finds its task is in
@@ -87,8 +88,8 @@ class MoSEConfig:
     Raises ValueError for a value outside its range.
     """
 
-    # CHOICE: the paper's own values are not known to us. These follow from our own searches. (Those
-    # of the density chose 0.02 and 0.03. It is lower here, to save bytes.)
+    # CHOICE: the paper's own values are not known to us. These follow from our own searches. (For
+    # the density they preferred 0.02 and 0.03. The default is lower, to save bytes.)
     targets: tuple = ("q_proj", "v_proj")  # names of linear layers, or ends of their dotted paths
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert
@@ -97,7 +98,7 @@ class MoSEConfig:
     fixed_A: bool = False  # True: A is random, the same for all tasks, never learned or stored
     scale: float = 8.0  # > 0, factor of the experts' sum, as alpha / rank is that of a LoRA
     router_dim: int = 16  # P >= 1
-    router_std: float = 1.0  # > 0, deviation of a new router; at 1 its gates are clearly unequal
+    router_std: float = 1.0  # > 0, standard deviation of a new router; at 1 its gates are unequal
     key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
     round_to_bf16: bool = False  # True: what a task has learned is rounded, so its file is smaller
 
@@ -139,11 +140,11 @@ class StraightThrough(torch.autograd.Function):
     """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All arguments
     are (N,).
 
-    The forward pass multiplies the values by `reads`, in effect, and this has no gradient. So a
-    score gets the gradient that it would have in the place of `reads`: grad * value, whether the
-    entry is read or not. This is the straight-through estimator, by which the scores of all free
-    entries learn, as in Winning SubNetworks. (The scores of used entries move too, but `select`
-    ignores them.) `score` is an argument only to get this gradient.
+    In effect, the forward pass multiplies the values by the mask `reads`. No gradient flows through
+    the choice of a mask. So a score gets the gradient that a factor in the place of `reads` would
+    have: grad * value, whether the entry is read or not. This is the straight-through estimator,
+    by which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
+    entries move too, but `select` ignores them.) `score` is an argument only to get this gradient.
     """
 
     @staticmethod
@@ -153,6 +154,7 @@ class StraightThrough(torch.autograd.Function):
         return torch.where(reads, value, 0.0)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # torch refuses a second one: it would be wrong
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
@@ -179,7 +181,8 @@ CPU_FP32 = {"dtype": torch.float32, "device": "cpu"}  # the caller may have chan
 
 
 class SubExperts(nn.Module):
-    """The experts of one linear layer, and each task's share of them: its mask and its router.
+    """The experts of one linear layer, from which each task's mask cuts its SubExperts, and the
+    routers of all tasks.
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
     e*R .. (e+1)*R of A and the same rows of B. `projection` (D, P) is a buffer. If the config says
@@ -201,7 +204,7 @@ class SubExperts(nn.Module):
     owner           (N,), number of the task that an entry belongs to; 0 if it is free
     routers         {number: router (E, P)}, on the CPU, since only a task in force needs its router
 
-    The task in force is what the forward pass applies. Each row of a batch may have another task:
+    The task in force is what the forward pass applies. Each row of a batch may have its own:
     open_in_force   whether it is the open task; otherwise finished tasks are in force, or none
     in_force        [(rows, (first, second))] of the finished tasks in force: the rows of the batch
                     that have the task (None: all rows), and the two matrices of `matrices`
@@ -226,7 +229,8 @@ class SubExperts(nn.Module):
         # fixed random projection to P numbers. A router on all D numbers would need as many bytes
         # for each task as the matrix A of a LoRA of rank E.
         projection = fixed_signs(D, config.router_dim) / math.sqrt(D)
-        # These are not in state_dict(): loading an old one must not undo finished tasks.
+        # No buffer is in state_dict(). If `frozen` and `owner` were, loading an old state_dict()
+        # would undo finished tasks. The others need not be kept, since they are made anew.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
         if config.fixed_A:
             # It has the variance of an A that is learned, as `begin` draws it.
@@ -263,8 +267,9 @@ class SubExperts(nn.Module):
         self.inherited.copy_(self.reads(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # After that, gradients decide which entries a task takes, and not the random start. A step
-        # of Adam moves a score by about the learning rate. At the rate of the example above, this
-        # is five times SCORE_SPREAD if hidden_size is 128, and equal to it if it is 3000.
+        # of Adam moves a score by about the learning rate. With the rate of the example at the top
+        # of this file, a step is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if
+        # it is 3000.
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -273,7 +278,7 @@ class SubExperts(nn.Module):
         self.weight.zero_()
         if len(lineage) == 1:
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
-            D = len(self.projection)
+            D = len(self.projection)  # projection is (D, P)
             A, _ = self.split(self.weight)
             drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
@@ -395,8 +400,8 @@ class SubExperts(nn.Module):
         """What all experts add for the tokens x (B, T, D): (B, T, O)."""
         A_and_to_logits, scaled_B = matrices
         E, R = self.config.num_experts, self.config.rank
-        # The experts are fp32 even if the base is bf16, or autocast is on. In bf16, small steps of
-        # the optimizer would be rounded away.
+        # The experts are fp32 even if the base is bf16, or autocast is on. In bf16 their weights
+        # would be rounded for each product, and small steps of the optimizer would have no effect.
         with autocast_off(x.device):
             products = x.float() @ A_and_to_logits  # (B, T, E*R + E)
             hidden, logits = products.split([E * R, E], dim=-1)
@@ -408,7 +413,8 @@ class SubExperts(nn.Module):
 
     def add_delta(self, linear, args, out):
         """Forward hook of the linear layer: equation (2). It adds the experts' part to `out`."""
-        # (If this raises IndexError, the model calls layer(input=x) instead of layer(x).)
+        # (If this raises IndexError, the model calls layer(input=x) instead of layer(x). Such a
+        # layer can't be a target, since a hook does not see the names of arguments.)
         x = args[0]  # (B, T, D)
         if self.open_in_force:
             return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
@@ -465,6 +471,9 @@ class MoSE:
             `open_sums` has the sums for its key.
     active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
+
+    Several threads may run the model at the same time. But while a method of this object runs, no
+    other thread may call one that changes the tasks.
     """
 
     @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -499,9 +508,10 @@ class MoSE:
     def best_source(self, probe, guess=math.inf):
         """Which finished task a new one should start from: (source, need) for `begin_task`.
 
-        probe(): the error on the new task with the task that is in force, say the share of wrong
-        answers. It is called under the bare base and under each finished task. Call model.eval()
-        before, so that dropout adds no noise to the errors.
+        Call it before begin_task, and call model.eval() before, so that dropout adds no noise.
+        probe(): runs the model on examples of the new task, and returns the error, say the share of
+        wrong answers. `best_source` puts the bare base and each finished task in force in turn, and
+        calls it each time.
         guess: the error of the best constant answer, say 1 - the share of the largest class.
 
         With several processes, only the numbers of the first one count. Returns (None, 1.0) if no
@@ -519,15 +529,16 @@ class MoSE:
         without = min(errors.pop(None), same_on_all_ranks(float(guess)))
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
-        # below the error of the base and of a constant answer. The share of the error that is left
-        # is also the share of the usual number of new entries that the task needs. How the paper
-        # reuses experts is not known to us.
+        # below the error of the base and of a constant answer. The new task then gets this share,
+        # errors[source] / without, of the usual number of new entries: the less error the source
+        # leaves, the fewer it needs. How the paper reuses experts is not known to us.
         if errors[source] < WELL_BELOW * without:
             return source, errors[source] / without
         return None, 1.0
 
     def begin_task(self, name, source=None, need=1.0):
-        """Open a task. Without a source its delta is exactly 0 until it is trained.
+        """Open a task, and put it in force. Until it is trained, the model computes exactly what it
+        computes under its source, or as the bare base if it has none.
 
         source: a finished task to start from. need: share of the usual number of new entries.
         `begin_task(name, *mose.best_source(probe))` chooses both. Raises ValueError if a task is
@@ -579,6 +590,7 @@ class MoSE:
     def end_task(self):
         """Freeze what the open task has learned, and return what `capacity()` says of it.
 
+        The task is in force afterwards, as a finished one.
         If it runs out of memory while it selects the entries, the task stays open: call it again.
         """
         self._check_open()
@@ -590,8 +602,8 @@ class MoSE:
         has_key = self.open_sums["count"] > 0
         # If this fails, nothing has changed, except that some layers may be rounded already.
         learned = [layer.learned() for layer in self.layers]
-        for layer, what in zip(self.layers, learned):
-            layer.finish(number, *what)
+        for layer, (new, router) in zip(self.layers, learned):
+            layer.finish(number, new, router)
         self.tasks[name] = self.open_lineage
         self.open = None
         self.set_task(None)  # so the bare base is in force if anything below fails
@@ -683,8 +695,10 @@ class MoSE:
     def observe(self, input_ids, attention_mask=None, task=None):
         """Add prompts (B, T) to the key of the open task, or of a finished one that is named.
 
-        No pass through the model. With several processes, let each observe all prompts: the sums
-        are not exchanged, and all processes need the same keys.
+        Pass prompts as they will be at inference: with their template, and without the answer. If
+        some are padded, pass the attention_mask (B, T) as well: otherwise padding counts as text.
+        There is no pass through the model. With several processes, let each observe all prompts:
+        the sums are not exchanged, and all processes need the same keys.
         """
         task = None if task is None else plain_str(task)
         expect(task is not None or self.open is not None,
@@ -702,6 +716,7 @@ class MoSE:
     def infer_task(self, input_ids, attention_mask=None, return_confidence=False):
         """The task of each prompt (B, T), a list of names; no pass through the model.
 
+        Padded prompts need their attention_mask (B, T).
         With return_confidence also numbers 0 .. 1. They are near 0 for a prompt far from every
         task, and 0 for one that has only tokens that all tasks share. Only tasks with observed
         prompts can be found.
@@ -734,12 +749,16 @@ class MoSE:
         known = [*self.tasks] if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}"
                + (", since this task is open" if self.open is not None else ""))
+        # First, so that the bare base is in force if anything below fails.
+        names_in_force = self.active if isinstance(self.active, list) else [self.active]
+        if name in names_in_force:
+            self.set_task(None)
         if name == self.open:
             number, *_ = self.open_lineage
         else:
             number, *_ = self.tasks.pop(name)
         self.keys.tasks.pop(name, None)
-        self.open = None
+        self.open = None  # (If a finished task goes, it is None already.)
         for layer in self.layers:
             layer.is_open = False
             layer.routers.pop(number, None)
@@ -747,9 +766,6 @@ class MoSE:
         counts = self._counts()
         # Tasks with fewer entries than before are to be compressed anew.
         self.packed = {n: pack for n, pack in self.packed.items() if counts.get(n) == pack[0]}
-        names_in_force = self.active if isinstance(self.active, list) else [self.active]
-        if name in names_in_force:
-            self.set_task(None)
 
     def rename(self, old, new):
         """Give a finished task another name."""
@@ -887,20 +903,26 @@ class MoSE:
             raise ValueError(f"{path}: damaged, or no adapter: {error}") from error
         mose = cls(model, config)
         try:
-            mose._restore(**state)
+            mose._restore_from(path, state)
+            there = [*mose.tasks]
+            wanted = there if tasks is None else [*tasks]
+            unknown = [name for name in wanted if name not in there]
+            expect(not unknown, f"{path}: it has no tasks {unknown}, expected some of {there}")
+            for name in there:
+                if name not in wanted:
+                    mose.forget(name)
+        except BaseException:  # also an interrupt: the model is left alone
+            mose.detach()
+            raise
+        return mose
+
+    def _restore_from(self, path, state):
+        """`_restore`, with a ValueError that names the file, whatever goes wrong."""
+        try:
+            self._restore(**state)
         except (lzma.LZMAError, LookupError, TypeError, ValueError, AttributeError,
                 RuntimeError) as error:
-            mose.detach()
             raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
-        wanted = [*mose.tasks] if tasks is None else [*tasks]
-        unknown = [name for name in wanted if name not in mose.tasks]
-        if unknown:
-            mose.detach()
-            raise ValueError(f"{path}: it has no tasks {unknown}, expected some of {[*mose.tasks]}")
-        for name in [*mose.tasks]:
-            if name not in wanted:
-                mose.forget(name)
-        return mose
 
     def _restore(self, base, last_number, tasks, entries, routers, keys):
         """The inverse of `save`. ValueError says what is not as it was written for this base."""
@@ -1002,6 +1024,7 @@ class TaskKeys:
         self.embedding = embedding
         D = embedding.weight.shape[1]
         dim = min(key_dim, D)
+        # (If dim is D, it is a change of basis, and does no harm.)
         self.projection = fixed_signs(D, dim)
         self.tasks = {}
         self.pooled = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
@@ -1042,7 +1065,7 @@ class TaskKeys:
                 "square": self.pooled.new_zeros(dim, dim), "tokens": {}}
 
     def add(self, sums, prompts):
-        """Add prompts to the sums of a task. They count once they are merged."""
+        """Add prompts to the sums of a task. They have no effect until `merge`."""
         table = self.table()
         bags = [self.tokens_and_weights(ids) for ids in prompts]
         vectors = [self.embed(table, tokens, weights) for tokens, weights in bags]
@@ -1060,8 +1083,8 @@ class TaskKeys:
                 sums["tokens"][token] = held + 1, total + weight
 
     def merge(self, name, sums):
-        """Make a task of the sums, or add them to a finished task."""
-        more, tokens = sums["count"], sums["tokens"]
+        """Make the key of a task from the sums, or add them to its key."""
+        more = sums["count"]
         mean = sums["x"] / more
         scatter = sums["square"] - torch.outer(sums["x"], mean)  # about the mean of these prompts
         if name in self.tasks:
@@ -1074,11 +1097,12 @@ class TaskKeys:
             mean = old.double() + more / count * gap
             # Only what was common so far can stay so. It counts as if all earlier prompts had held
             # it.
-            more_of = {token: tokens.get(token, (0, 0.0)) for token in common}
-            tokens = {token: (had + held, had * common[token] + total)
-                      for token, (held, total) in more_of.items()}
+            tokens = {}
+            for token, weight in common.items():
+                held, total = sums["tokens"].get(token, (0, 0.0))
+                tokens[token] = had + held, had * weight + total
         else:
-            count = more
+            count, tokens = more, sums["tokens"]
             mean_square = sums["square"].diagonal().mean() / more  # over prompts and dimensions
             scatter += self.IMAGINARY * mean_square * torch.eye(len(mean), **CPU_FP32)
             squares = scatter.diagonal().mean().item()
@@ -1107,8 +1131,9 @@ class TaskKeys:
         own = torch.stack(own)  # (B, dim)
         expect(own.isfinite().all(), "the mean embedding of a prompt is not finite")
 
-        tasks = [self.own_text(name, table, shared) for name in self.tasks]
-        typical_deviation = sum(deviation for _, deviation in tasks) / len(tasks)
+        distributions = [self.own_text(name, table, shared) for name in self.tasks]
+        deviations = [deviation for _, deviation in distributions]
+        typical_deviation = sum(deviations) / len(deviations)
 
         dim = len(self.pooled)
         # It is scaled to a mean variance of 1 twice: before it is shrunk, so that SHRINKAGE does
@@ -1122,7 +1147,7 @@ class TaskKeys:
         covariance /= covariance.diagonal().mean()
         factor = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
-        for mean, deviation in tasks:
+        for mean, deviation in distributions:
             z = torch.linalg.solve_triangular(factor, (own - mean).T, upper=False)
             distance = z.square().mean(0)  # (B,)
             v = deviation * typical_deviation
@@ -1149,7 +1174,8 @@ class TaskKeys:
         """(mean, standard deviation) of a task's prompts without the tokens that all tasks share.
 
         The mean of whole prompts is the weighted sum of the shared tokens, plus the own mean times
-        what is left of the weights. So the own mean follows from the other two.
+        what is left of the weights. So the own mean follows from the other two. The deviation is
+        divided by what is left too: the shared part counts as the same in all prompts.
         """
         _, mean, variance, common = self.tasks[name]
         weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
@@ -1197,6 +1223,7 @@ class TaskKeys:
 # ------------------------------------------------------------------------------ helpers
 
 FORMAT = b"MoSE 6\n"  # how the files begin that `save` writes
+MORE = "see docs/works-with.md in the repository of mose.py"
 
 
 def plain_str(name):
@@ -1266,7 +1293,7 @@ def check_model(model):
                      "offload then")
     expect(getattr(model, "tp_size", None) in (None, 1),
            "tensor parallel layers see only a part of their inputs or outputs: load the base "
-           "without tp_plan. A base that outgrows a GPU can be sharded (docs/works-with.md)")
+           f"without tp_plan. A base that outgrows a GPU can be sharded: {MORE}")
     kind = type(model).__name__
     expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
            f"{kind} has a head with labels of its own, and the base stays as it is, so no task "
@@ -1276,7 +1303,7 @@ def check_model(model):
     wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     expect(table.dim() == 2 and table.numel() > 0 and not wrapped,
            "the base is sharded by FSDP1 or ZeRO-3, which are not supported: expected FSDP2 "
-           "(docs/works-with.md)")
+           f"({MORE})")
 
 
 def hooks_of(model):
@@ -1297,7 +1324,7 @@ def check_layers(model, layers):
                "MoSE (unless you did), and load() it again")
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
                "the experts are sharded: shard the base first and attach the experts then, or pass "
-               "all parameters of mose.layers as ignored_params (docs/works-with.md)")
+               f"all parameters of mose.layers as ignored_params ({MORE})")
 
 
 def check_frozen(model, layers):
@@ -1489,6 +1516,11 @@ def leaves(tree, path=""):
             yield f"{path}{key}", value
 
 
+def as_list(value):
+    """A tuple as a list, and anything else as it is."""
+    return [*value] if isinstance(value, tuple) else value
+
+
 def differences(saved, here, needed):
     """What differs between two fingerprints, by name; [] if they are of the same base.
 
@@ -1501,10 +1533,9 @@ def differences(saved, here, needed):
     wrong = [path for path in needed if not any(name.startswith(f"{path}.") for name in both)]
     for name in both:
         a, b = saved[name], here[name]
-        if isinstance(a, (list, tuple)) and name.startswith("config."):
-            same = [*a] == [*b]  # a config that was loaded from JSON has lists where it had tuples
-        elif name.startswith("config."):
-            same = a == b
+        if name.startswith("config."):
+            # A config that was loaded from JSON has lists where it had tuples.
+            same = as_list(a) == as_list(b)
         elif len(a) != len(b):
             same = False
         else:

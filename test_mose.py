@@ -148,6 +148,16 @@ def test_the_gradient_is_that_of_equation_3_as_if_all_entries_were_read():
     assert grad_weight[~reads & ~used].all() and not grad_weight[used].any()
 
 
+def test_a_second_derivative_is_refused_and_not_wrong():
+    weight, score = torch.ones(2, 1, requires_grad=True)
+    used, reads = torch.tensor([[False], [True]])
+    pool = StraightThrough.apply(weight, score, torch.zeros(1), used, reads)
+    grad_score, = torch.autograd.grad(pool**2, score, create_graph=True)
+    assert grad_score == 2  # control: the first derivative is there
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_score.backward()
+
+
 class OnlyWeightsThatAreRead:
     """The straight-through of Winning SubNetworks: an entry that is not read learns its score, but
     not its weight."""
@@ -472,6 +482,38 @@ def test_some_tasks_of_a_file_can_be_loaded_alone(tmp_path):
     refuses(says, MoSE.load, model, path, ["z"])
     refuses("tasks: got 'abc', expected a list", MoSE.load, model, path, "abc")
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_part_of_a_file_is_loaded_leaves_the_model_alone(
+        guard, tmp_path, monkeypatch):
+    # Off: nothing takes the experts off again.
+    learn(attach(), *"ab").save(tmp_path / "m")
+    model = tiny()
+    monkeypatch.setattr(MoSE, "forget", interrupt)
+    guard or monkeypatch.setattr(MoSE, "detach", lambda mose: None)
+    with pytest.raises(KeyboardInterrupt):
+        MoSE.load(model, tmp_path / "m", tasks=["b"])
+    assert any(module._forward_hooks for module in model.modules()) != guard
+
+
+def test_a_forget_that_fails_midway_leaves_the_bare_base_in_force(monkeypatch):
+    mose = learn(attach(), *"ab")
+    before = snapshot(mose, None, "a")
+    assert mose.active == "b"
+    monkeypatch.setattr(mose.layers[1], "keep_only", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mose.forget("b")
+    assert mose.active is None and [*mose.tasks] == ["a"]
+    with torch.no_grad():
+        assert torch.equal(mose.model(data("a")).logits, before[0])
+    monkeypatch.undo()
+    assert any((layer.owner == 2).any() for layer in mose.layers)  # control: something is left
+    mose.forget("a")  # the next one frees that as well
+    assert not any(layer.owner.any() for layer in mose.layers)
 
 
 @pytest.mark.parametrize("says, call", [
