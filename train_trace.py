@@ -18,7 +18,7 @@ order, and replay takes some more steps):
     joint      one LoRA, trained on all tasks at the same time: the usual upper bound
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
     moe_lora   a mixture of LoRAs without masks, in sequence, with one router for all tasks
-    mose       MoSEs. The task of a test prompt is known (task-incremental learning, TIL), or it is
+    mose       MoSEs. The task of a test prompt is known (the paper calls this TIL), or it is
                inferred from the prompt (TaIL).
     mose_fixed the same, but its routers stay as they were drawn, and are not trained
 
@@ -39,6 +39,7 @@ same base model only. No score on trace-mini compares with any paper's.
 import dataclasses
 import math
 import random
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -53,7 +54,7 @@ from mose import MoSE
 from tracebench import processes
 from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, padded_batches
-from tracebench.methods import attach, lessons, rate, tasks_to_test
+from tracebench.methods import KINDS, attach, lessons, rate, tasks_to_test
 from tracebench.model import (
     TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model,
     passes_of_this_process)
@@ -129,7 +130,8 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
     for step, batch in enumerate(plan):
         answer_tokens = sum(label != -100 for _, labels in batch for label in labels)
         loss = torch.zeros((), device=model.device)
-        # The gradients of all passes add up to those of the batch, which may not fit into one.
+        # The gradients of all passes add up to those of the batch, which may not fit into one: each
+        # is divided by the number of answer tokens in the whole batch, of all processes.
         for examples in passes_of_this_process(batch, args.tokens):
             logits, labels, _ = answer_logits(model, tokenizer, examples)
             loss_of_pass = F.cross_entropy(logits, labels, reduction="sum") / answer_tokens
@@ -151,7 +153,8 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
 def diverged(what, lr):
     """The error of a training that has diverged."""
     return ValueError(f"{what}, with a learning rate of {lr:.2g}: start again with a lower one "
-                      "(--lr of mose and mose_fixed, --lora_lr of the others) and another --name. "
+                      "(--lr of mose and mose_fixed, --lora_lr of the others), another --name, and "
+                      "in --methods those that are not done. (--resume would diverge again.) "
                       "What was saved before is still there: for the tables of all methods that "
                       "are done, python -m figures.report runs/NAME")
 
@@ -180,7 +183,8 @@ def probe(model, tokenizer, task, args):
     examples = task.probe_examples()
     wrong = torch.zeros((), device=model.device)
     for some in passes_of_this_process(examples, TOKENS_FACTOR_WITHOUT_GRADIENTS * args.tokens):
-        # A row of these for each answer token. An answer with a single wrong token is wrong.
+        # One row of logits, one label and one index for each answer token. An answer with a single
+        # wrong token is wrong.
         logits, labels, example_of_token = answer_logits(model, tokenizer, some)
         is_wrong = logits.argmax(-1) != labels
         wrong += example_of_token[is_wrong].unique().numel()
@@ -261,21 +265,29 @@ def session(todo, runs, args):
     model, tokenizer = load_model(args)
     tasks = load_tasks(args, tokenizer, model)
     for method in dict.fromkeys(method for _, _, method in todo):
-        if method not in ("floor", "base"):
-            attach(method, args, model).detach()  # a wrong option fails here: nothing is lost yet
+        if method in KINDS:
+            # A wrong option fails here, as a density so low that the first task would get no entry:
+            # nothing is lost yet.
+            adapter = attach(method, args, model)
+            adapter.begin_task(tasks[0].name)
+            adapter.detach()
     if processes.RANK == 0 and not args.resume:
         for folder, its_args in runs.items():
             start_anew(folder, dataclasses.asdict(its_args))
     processes.wait()
     for folder, its_args in runs.items():
         note_inputs(folder, its_args, model, tasks)
+    folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
     try:
         learn_and_test(todo, args, model, tokenizer, tasks)
     except torch.OutOfMemoryError as error:
-        ways = ", then ".join(f"--resume {folder} --tokens {args.tokens // 2}"
-                              for folder in dict.fromkeys(folder for folder, _, _ in todo))
+        fewer = max(1, args.tokens // 2)
+        ways = ", then ".join(f"--resume {folder} --tokens {fewer}" for folder in folders)
         raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say: {ways} "
                          "(and --checkpointing, if one row is too long)") from error
+    except KeyboardInterrupt:
+        ways = ", then ".join(f"--resume {folder}" for folder in folders)
+        sys.exit(f"\ninterrupted: what was learned and tested is saved. To go on: {ways}")
 
 
 def learn_and_test(todo, args, model, tokenizer, tasks):
@@ -283,7 +295,7 @@ def learn_and_test(todo, args, model, tokenizer, tasks):
     # Forward transfer is a task's score before it is learned, less that of the bare base. With
     # --test ends no task is tested before it is learned.
     zero_shot = None
-    if args.test == "all":
+    if args.test == "all" and any(method in KINDS for _, _, method in todo):
         zero_shot = [mean(evaluate(model, tokenizer, None, task, args).known) for task in tasks]
     records = [Record(folder, method, tasks, its_args) for folder, its_args, method in todo]
     steps = 0
@@ -296,7 +308,7 @@ def learn_and_test(todo, args, model, tokenizer, tasks):
         if model.device.type == "cuda":  # for the peak memory in facts_of_run
             for gpu in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(gpu)
-        if record.method not in ("floor", "base"):
+        if record.method in KINDS:
             learn_in_a_row(record, model, tokenizer, tasks, bar)
         elif not record.num_done():  # it may have its scores already, and no result file yet
             test_once(record, model, tokenizer, tasks, bar)

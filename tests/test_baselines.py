@@ -116,6 +116,15 @@ def test_what_is_loaded_answers_and_goes_on_as_what_was_saved(kind, config, tmp_
     assert [*tmp_path.iterdir()] == [tmp_path / "m.pt"]
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    adapter = LoRA(tiny(), TARGETS, rank=2, scale=4.0)
+    adapter.save(tmp_path / "m.pt")
+    LoRA.load(tiny(), tmp_path / "m.pt")  # control
+    (tmp_path / "m.pt").write_bytes((tmp_path / "m.pt").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="m.pt: damaged, or no adapter.*Learn its tasks again"):
+        LoRA.load(tiny(), tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize("kind, config", KINDS)
 def test_a_file_has_little_more_than_four_bytes_for_each_number(kind, config, tmp_path):
     adapter = kind(tiny(), TARGETS, **config | {"rank": 32})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tqdm import tqdm
 
 import mose as module
@@ -191,6 +192,29 @@ def test_resume_refuses_another_base(tmp_path, monkeypatch, noted):
         train_trace.main(again)
         # Another --tokens is noted, so that the next --resume goes on with it.
         assert train_trace.parse(["--resume", "runs/r"]).tokens == 700
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_resume_refuses_a_base_with_other_weights(tmp_path, monkeypatch, noted):
+    """Off: nothing is noted of the weights, and the run goes on with others."""
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(Args.model, "base")
+    train_trace.main(dataclasses.replace(SHORT, name="r", methods="lora", model=str(model)))
+    Path("runs/r/lora.json").unlink()
+    notes = json.loads(Path("runs/r/args.json").read_text())
+    if not noted:
+        del notes["weights"]
+        Path("runs/r/args.json").write_text(json.dumps(notes))
+    other = transformers.AutoModelForCausalLM.from_pretrained(model)
+    other.lm_head.weight.data.mul_(2.0)
+    other.save_pretrained(model)
+    again = train_trace.parse(["--resume", "runs/r"])
+    if noted:
+        with pytest.raises(ValueError, match="the base is another one than when.*embed_tokens"):
+            train_trace.main(again)
+    else:
+        train_trace.main(again)
+        assert Path("runs/r/lora.json").exists()
 
 
 def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):

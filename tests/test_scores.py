@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tracebench.scores import TASKS, backward_transfer, bootstrap, score, summarize
+from tracebench.scores import TASKS, backward_transfer, bootstrap, floor, score, summarize
 
 ODD = ["", ".", "...", " ", "\n", "a", "a.", ".a", "a b. c d", "c d. a b", "A b", "a  b\tc", "für."]
 
@@ -21,6 +21,13 @@ def test_accuracy_wants_the_whole_string_and_strips_nothing():
 
 def test_scienceqa_wants_the_first_letter_and_an_empty_prediction_scores_zero():
     assert score("ScienceQA", ["B because", "C", "", " B"], ["B\nfor .."] * 4, [""] * 4) == 25.0
+
+
+def test_the_floor_of_scienceqa_is_its_most_frequent_letter_though_all_answers_differ():
+    train = [{"prompt": f"{i}", "answer": f"{letter}\nSince {i}"} for i, letter in enumerate("DBABB")]
+    test = [{"prompt": "x", "answer": "B\nSo"}, {"prompt": "y", "answer": "A\nSo"}]
+    assert floor("first_letter", train, test) == [100.0, 0.0]
+    assert floor("accuracy", train, test) == [0.0, 0.0]  # control: as a whole, no answer is right
 
 
 def test_rouge_l_equals_the_package():

@@ -648,7 +648,7 @@ def test_a_task_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"tasks": "nonsense"}, "--metric"),
+    ({"tasks": "FOMCC"}, "--tasks: .*: FOMCC has none. Correct its name, or add --metric"),
     ({"tasks": "FOMC,FOMC"}, "each once"),
     ({"tasks": "FOMC", "data": "/nowhere"}, "FOMC/train.json"),
     ({"epochs": "1,2"}, "--epochs"),
@@ -669,7 +669,7 @@ def test_a_wrong_option_is_named(base, options, message):
     ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
     ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "0"], ["--lr", "nan"],
     ["--test", "never"], ["--top_k", "5"], ["--experts", "0"], ["--lora_scale", "0"],
-    ["--name", ""], ["--seeds", str(10**15)], ["--device_map", "auto", "--device", "cpu"],
+    ["--router_std", "inf"], ["--name", ""], ["--seeds", str(10**15)], ["--device_map", "auto", "--device", "cpu"],
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -679,7 +679,7 @@ def test_a_wrong_flag_ends_with_a_message(argv, capsys):
 
 @pytest.mark.parametrize("fault, message, has_traceback", [
     (lambda args: claim(Path("train_trace.py")), "File exists", False),  # an OSError
-    (lambda args: train_trace.load_tasks(Args(tasks="x"), None, None), "--metric: got", False),
+    (lambda args: train_trace.load_tasks(Args(tasks="x"), None, None), "x has none", False),
     (lambda args: json.loads("{"), "Expecting property name", True),  # of another library
     (lambda args: torch.zeros(2**60), None, None),  # control: no error of the user
 ])
@@ -708,6 +708,35 @@ def test_out_of_memory_says_how_to_go_on(where, message, tmp_path, monkeypatch):
     monkeypatch.setattr(train_trace, where, full)
     with pytest.raises(SystemExit, match=message):
         train_trace.from_the_command_line()
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    args = Args(methods="lora", name="two words", seeds="0,01", device="cpu", **SHORT)
+    monkeypatch.setattr(train_trace, "learn_in_a_row", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train_trace.main(args)
+    assert str(stop.value).endswith(
+        "To go on: --resume 'runs/two words-0', then --resume 'runs/two words-1'")
+    assert train_trace.parse(["--resume", "runs/two words-1"]).seeds == "1"
+
+
+@pytest.mark.parametrize("methods, decoded", [("floor", 0), ("base", 1), ("base,lora", 2)])
+def test_the_base_is_tested_only_where_a_result_needs_it(methods, decoded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of_the_base, evaluate = [], train_trace.evaluate
+
+    def noted(model, tokenizer, adapter, task, args):
+        if adapter is None:
+            of_the_base.append(task.name)
+        return evaluate(model, tokenizer, adapter, task, args)
+
+    monkeypatch.setattr(train_trace, "evaluate", noted)
+    train_trace.main(Args(methods=methods, name="r", device="cpu", **SHORT))
+    assert len(of_the_base) == decoded * len(SHORT["tasks"].split(","))
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
@@ -857,7 +886,8 @@ def test_force_removes_nothing_before_all_options_are_checked(run, tmp_path, mon
     (tmp_path / "runs/a/lock").unlink()
     before = {file.name: file.read_bytes() for file in Path("runs/a").iterdir()}
     own = Args(device="cpu", name="a", force=True, methods="mose", **SHORT)
-    for wrong in ({"targets": "q_porj"}, {"epochs": "4,4,4"}, {"data": "nowhere"}):
+    for wrong in ({"targets": "q_porj"}, {"epochs": "4,4,4"}, {"data": "nowhere"},
+                  {"density": 1e-9}):
         with pytest.raises(ValueError):
             train_trace.main(dataclasses.replace(own, **wrong))
         assert {name: Path("runs/a", name).read_bytes() for name in before} == before

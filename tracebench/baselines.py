@@ -177,8 +177,12 @@ class LoRA:
     @classmethod
     def load(cls, model, path):
         """Attach to `model` what `save` wrote."""
-        content = io.BytesIO(lzma.decompress(Path(path).read_bytes()))
-        content = torch.load(content, weights_only=True)
+        data = Path(path).read_bytes()
+        try:
+            content = torch.load(io.BytesIO(lzma.decompress(data)), weights_only=True)
+        except Exception as error:  # torch.load raises errors of any kind for what it did not write
+            raise ValueError(f"{path}: damaged, or no adapter: {error}. Learn its tasks again, with "
+                             "another --name") from error
         adapter = cls(model, content.pop("targets"), **content.pop("config"))
         adapter.restore(**content)
         return adapter

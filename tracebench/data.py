@@ -77,7 +77,8 @@ def sample(rows, count, what):
 
     The first rows would not do: a file that is sorted by answer begins with one answer only. The
     sample does not depend on the seed of a run, so that all methods and seeds are compared on it.
-    what: words such as "FOMC, --max_train". They stand in a warning, and are the seed.
+    what: words such as "FOMC, --max_train". They stand in a warning, and are the seed, so with other
+    words all samples would change.
     """
     if count > len(rows):
         print(f"warning: {what}: {count} were asked for, but there are {len(rows)}: all are taken")
@@ -245,9 +246,10 @@ def load_tasks(args, tokenizer, model):
         raise ValueError(f"--metric: got {args.metric!r}, expected TASK=METRIC,.. with tasks of "
                          f"--tasks, which are {', '.join(names)}")
     if wrong:
-        got = {name: metrics.get(name) for name in wrong}
-        raise ValueError(f"--metric: got {got}, expected one of {', '.join(SCORES)} for each task "
-                         f"that is not TRACE's. TRACE's tasks are {', '.join(TASKS)}")
+        got = ", ".join(f"{name} has {metrics.get(name, 'none')}" for name in wrong)
+        raise ValueError(f"--tasks: of these, TRACE has only {', '.join(TASKS)}, and each other one "
+                         f"needs a metric: {got}. Correct its name, or add --metric TASK=METRIC with "
+                         f"one of {', '.join(SCORES)}")
     if len({*names}) < len(names):
         raise ValueError(f"--tasks {args.tasks}: expected each once")
     positions = positions_of(model)

@@ -19,10 +19,12 @@ IDLE = [([0, 0], [-100, -100])]
 
 
 def choose_device(args):
-    """(device, dtype) as asked for, or the best that is here. Raises ValueError if there should be a GPU."""
+    """(device, dtype) as asked for, or the best that is here. Raises ValueError if there should be a
+    GPU."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = best.type if args.device == "auto" else args.device
-    if args.preset == "gpu" and args.device == "auto" and device == "cpu" and not args.resume:
+    learns = not args.resume and not args.ask
+    if args.preset == "gpu" and args.device == "auto" and device == "cpu" and learns:
         raise ValueError("--preset gpu: torch sees no GPU. On a CPU this takes days: add --device "
                          "cpu if you want that")
     if args.dtype != "auto":

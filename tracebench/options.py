@@ -52,7 +52,8 @@ class Args:
     schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
     batch: int = option(16, "examples of one step")
     tokens: int = option(1536, "tokens of one training pass at most, with padding: a larger batch "
-                         "takes several passes, whose gradients add up")
+                         "takes several passes, whose gradients add up (passes of probes may have 4 "
+                         "times as many, and those of decoding 8 times)")
     max_prompt: int = option(1024, "of a longer prompt, only so many tokens are read, the last ones")
     max_train: int = option(0, "train on a random sample of so many examples a task (0: all); "
                             "keys see all prompts")
@@ -156,6 +157,8 @@ def check(args):
                          "resume on a machine with a GPU)")
     if not 0 < args.lora_scale < math.inf:
         raise ValueError(f"--lora_scale: got {args.lora_scale}, expected a scale above 0")
+    if not 0 < args.router_std < math.inf:
+        raise ValueError(f"--router_std: got {args.router_std}, expected a deviation above 0")
     if not 0 <= args.replay <= 1:
         raise ValueError(f"--replay: got {args.replay}, expected a share of 0 .. 1")
     if args.shard and args.device_map:
@@ -199,8 +202,12 @@ def interrupted(args, changed):
             f"--resume: there is no {file}, so no run to go on with (each of several seeds is a "
             "run of its own: NAME-0, NAME-1, ..)")
     began = notes_of(file.parent).get("options", {})
-    if began.keys() != vars(args).keys():
-        raise ValueError(f"--resume: {file} is not of this version of train_trace.py: start again")
+    if not began:
+        raise ValueError(f"--resume: {file} is damaged, or not of train_trace.py: start again")
+    other = sorted(began.keys() ^ vars(args).keys())
+    if other:
+        raise ValueError(f"--resume: {file} was written by another version of train_trace.py, which "
+                         f"has other options: {', '.join(other)}. Resume with that one, or start again")
     began = Args(**began | {"resume": args.resume} | changed)
     check(began)
     return began

@@ -30,6 +30,7 @@ import datasets
 import torch
 import transformers
 
+from mose import differences, fingerprint
 from tracebench import processes
 from tracebench.data import listed
 from tracebench.files import write_bytes, write_json
@@ -83,8 +84,8 @@ def claim(folder, go_on=False, force=False):
         # Nothing is lost of a run that failed before its first adapter was saved.
         kept = [file for file in files if file.name != "args.json" and file.suffix != ".tmp"]
         if kept and not force:
-            raise ValueError(f"{folder} exists: choose another --name, --resume {folder} to go on "
-                             "with it, or --force to overwrite it")
+            raise ValueError(f"{folder} exists: choose another --name, --resume "
+                             f"{shlex.quote(str(folder))} to go on with it, or --force to overwrite it")
     return lock
 
 
@@ -100,7 +101,7 @@ def start_anew(folder, options):
 def locked_folders(args):
     """{folder: Args} of the runs that were asked for, one for each seed. They stay locked."""
     seeds, runs = listed(args.seeds), {}
-    for seed in seeds:
+    for seed in [str(int(seed)) for seed in seeds]:  # 00 is 0
         name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
         runs[Path(args.resume or f"runs/{name}")] = dataclasses.replace(
             args, seeds=seed, name=name, force=False, resume="")
@@ -122,7 +123,8 @@ def unfinished(runs, go_on):
 def note_inputs(folder, args, model, tasks):
     """Note in args.json what a run reads: its options (--tokens may have changed), the base, the data,
     how much of a prompt, and how long the answers are. Raises ValueError if an interrupted run of
-    that folder began with the base in another dtype, or on another device, or with other data."""
+    that folder began with another base, or in another dtype, on another device or with other data.
+    """
     file = folder / "args.json"
     notes = notes_of(folder)
     # --device auto and --dtype auto mean another thing on another machine.
@@ -131,6 +133,12 @@ def note_inputs(folder, args, model, tasks):
     if began_with != base:
         raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {base} now: "
                          "resume it on a machine like that, or start again with another --name")
+    weights = fingerprint(model)
+    other = differences(notes.get("weights", weights), weights, [])
+    if other:
+        raise ValueError(f"{folder}: the base is another one than when this run began: {len(other)} "
+                         f"tensors or settings differ, {', '.join(other[:3])}. Put it back, or start "
+                         "again with another --name")
     digests = {task.name: task.digests for task in tasks}
     began = notes.get("data", digests)
     changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
@@ -142,7 +150,8 @@ def note_inputs(folder, args, model, tasks):
         limits = {task.name: task.limit for task in tasks}
         answers = {task.name: task.longest for task in tasks}
         write_json(file, notes | {"options": dataclasses.asdict(args), "base": base,
-                                  "data": digests, "limits": limits, "answers": answers})
+                                  "weights": weights, "data": digests, "limits": limits,
+                                  "answers": answers})
 
 
 def write_report(runs):
@@ -173,6 +182,8 @@ class Tested(NamedTuple):
 class Record:
     """What one method has done so far in a folder; on disk after every lesson.
 
+    parameters: how many numbers were trained in the last lesson. tokens: those of all training
+    examples of all lessons and epochs, with prompts.
     R[t][i]: the score of task i after lesson t, None if it was not tested; R_tail the same with the
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
     bytes, source, new, used and epochs: a value for each lesson. seconds_training: of all lessons
