@@ -385,7 +385,8 @@ def in_bf16(results, rounded, size="bytes_bf16"):
 ON_SMOLLM2 = {
     LORAS[1]: "task_lora r1 1e-2", LORAS[8]: "task_lora", "mose 0.003": "mose .003 1e-2",
     "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2",
-    "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2"}
+    "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2",
+    "VeRA r256 1e-1": "VeRA r256 1e-1"}
 
 
 def from_smollm2(runs):
@@ -402,7 +403,7 @@ def draw(results, rounded, large, file):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     draw_panel(axes[0], results, "tiny-llm, 1.1M parameters (ten seeds)", (5, 10, 20, 50))
-    draw_panel(axes[1], large, "SmolLM2-135M (three seeds; one where there is no bar)",
+    draw_panel(axes[1], large, "SmolLM2-135M (three seeds; 0.005: two; no bar: one)",
                (50, 100, 200, 500, 1000, 2000))
     axes[0].set_ylabel("OP: mean score of eight tasks")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", fontsize=9)
@@ -459,7 +460,7 @@ def draw_points(axis, results):
         if len(points) > 1:
             for x, y, _, number in points:
                 axis.annotate(number, (x, y), place, textcoords="offset points", fontsize=9,
-                              ha="left" if place == below else "right")
+                              color=colour, ha="left" if place == below else "right")
 
 
 def main():

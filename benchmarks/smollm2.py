@@ -60,7 +60,6 @@ is 9.2e-3 now, and was 4.3e-3 before.
 import argparse
 import concurrent.futures
 import json
-import math
 import os
 import subprocess
 import sys
@@ -273,13 +272,8 @@ def about_moses(name, runs, methods):
            f"prompts is inferred right. A task owns {new:,.0f} numbers and has "
            f"{total / len(tasks):,.0f} bytes (the first {first:,.0f}, the last {last:,.0f}). Tasks "
            f"that start from another: {', '.join(sources) or 'none'}.")
-    others = methods.get("task_lora", [])
-    if len(runs) > 1 and len(others) > 1:
-        gap = mean([r["op"] for r in runs]) - mean([r["op"] for r in others])
-        errors = [standard_error([r["op"] for r in some]) for some in (runs, others)]
-        yield (f"`{name}` - `task_lora`: {gap:+.1f}, standard error {math.hypot(*errors):.1f} (not "
-               "paired, since the same seed drew other numbers there).")
-    compared = ["task_lora r1", "task_lora r1 1e-2", f"mose {name.split()[-1]}"]  # of its rate
+    compared = ["task_lora", "task_lora r1", "task_lora r1 1e-2", "VeRA r256 1e-1",
+                f"mose {name.split()[-1]}"]  # of its rate
     if name in ("mose 1e-2", "mose 2e-2"):
         compared.append("mose 4.3e-3")
     for other in compared:
@@ -320,9 +314,10 @@ def report(results):
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 long`, `whole`, `gpu`, then `report`; except `gpu`, "
         "on two CPU cores: two runs at a time with one thread each, or one with two threads. Other "
-        "work ran beside some, so their seconds compare with nothing. The LoRAs of rank 8 ran before train_trace.py "
-        "was rewritten. They are the same function as now, but other numbers were drawn, and the "
-        "first step of the warm-up had a rate of 0. A LoRA of rank 8 in bf16 has "
+        "work ran beside some, so their seconds compare with nothing. `lora`, `replay` and `joint` "
+        "ran before train_trace.py was rewritten. They are the same function as now, but other "
+        "numbers were drawn, and the first step of the warm-up had a rate of 0. A LoRA of rank 8 in "
+        "bf16 has "
         f"{2 * lora['new'][0]:,} bytes a task. The LoRAs of rank 1 of before 8daee77 were saved again "
         "by its code, so their bytes are those of today. "
         "[`smollm2.json`](smollm2.json) holds every number. What is missing was not measured.",
