@@ -917,7 +917,7 @@ class MoSE:
         return mose
 
     def _restore_from(self, path, state):
-        """`_restore`, with a ValueError that names the file, whatever goes wrong."""
+        """`_restore`, with a ValueError that names the file."""
         try:
             self._restore(**state)
         except (lzma.LZMAError, LookupError, TypeError, ValueError, AttributeError,

@@ -275,8 +275,7 @@ def session(todo, runs, args):
         for folder, its_args in runs.items():
             start_anew(folder, dataclasses.asdict(its_args))
     processes.wait()
-    for folder, its_args in runs.items():
-        note_inputs(folder, its_args, model, tasks)
+    note_inputs(runs, model, tasks)
     folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
     try:
         learn_and_test(todo, args, model, tokenizer, tasks)

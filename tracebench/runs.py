@@ -100,8 +100,8 @@ def start_anew(folder, options):
 @contextlib.contextmanager
 def locked_folders(args):
     """{folder: Args} of the runs that were asked for, one for each seed. They stay locked."""
-    seeds, runs = listed(args.seeds), {}
-    for seed in [str(int(seed)) for seed in seeds]:  # 00 is 0
+    seeds, runs = [str(int(seed)) for seed in listed(args.seeds)], {}  # 00 is 0
+    for seed in seeds:
         name = args.name if len(seeds) == 1 else f"{args.name}-{seed}"
         runs[Path(args.resume or f"runs/{name}")] = dataclasses.replace(
             args, seeds=seed, name=name, force=False, resume="")
@@ -120,38 +120,40 @@ def unfinished(runs, go_on):
             if not (go_on and (folder / f"{method}.json").exists())]
 
 
-def note_inputs(folder, args, model, tasks):
-    """Note in args.json what a run reads: its options (--tokens may have changed), the base, the data,
-    how much of a prompt, and how long the answers are. Raises ValueError if an interrupted run of
-    that folder began with another base, or in another dtype, on another device or with other data.
+def note_inputs(runs, model, tasks):
+    """Note in each run's args.json what it reads: its options (--tokens may have changed), the base,
+    the data, how much of a prompt, and how long the answers are. Raises ValueError if an interrupted
+    run began with another base, or in another dtype, on another device or with other data.
+
+    runs: {folder: its Args}.
     """
-    file = folder / "args.json"
-    notes = notes_of(folder)
     # --device auto and --dtype auto mean another thing on another machine.
     base = f"{model.dtype} on {model.device.type}"
-    began_with = notes.get("base", base)
-    if began_with != base:
-        raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {base} now: "
-                         "resume it on a machine like that, or start again with another --name")
     weights = fingerprint(model)
-    other = differences(notes.get("weights", weights), weights, [])
-    if other:
-        raise ValueError(f"{folder}: the base is another one than when this run began: {len(other)} "
-                         f"tensors or settings differ, {', '.join(other[:3])}. Put it back, or start "
-                         "again with another --name")
     digests = {task.name: task.digests for task in tasks}
-    began = notes.get("data", digests)
-    changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
-               if digests[name][split] != began[name][split]]
-    if changed:
-        raise ValueError(f"{folder}: the data has changed since this run began: "
-                         f"{', '.join(changed)}; put it back, or start again with another --name")
-    if processes.RANK == 0:
-        limits = {task.name: task.limit for task in tasks}
-        answers = {task.name: task.longest for task in tasks}
-        write_json(file, notes | {"options": dataclasses.asdict(args), "base": base,
-                                  "weights": weights, "data": digests, "limits": limits,
-                                  "answers": answers})
+    limits = {task.name: task.limit for task in tasks}
+    answers = {task.name: task.longest for task in tasks}
+    for folder, args in runs.items():
+        notes = notes_of(folder)
+        began_with = notes.get("base", base)
+        if began_with != base:
+            raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {base} "
+                             "now: resume it on a machine like that, or start again with another --name")
+        other = differences(notes.get("weights", weights), weights, [])
+        if other:
+            raise ValueError(f"{folder}: the base is another one than when this run began: "
+                             f"{len(other)} tensors or settings differ, {', '.join(other[:3])}. Put it "
+                             "back, or start again with another --name")
+        began = notes.get("data", digests)
+        changed = [f"{name}/{split}.json" for name in digests for split in digests[name]
+                   if digests[name][split] != began[name][split]]
+        if changed:
+            raise ValueError(f"{folder}: the data has changed since this run began: "
+                             f"{', '.join(changed)}; put it back, or start again with another --name")
+        if processes.RANK == 0:
+            write_json(folder / "args.json", notes | {
+                "options": dataclasses.asdict(args), "base": base, "weights": weights,
+                "data": digests, "limits": limits, "answers": answers})
 
 
 def write_report(runs):
