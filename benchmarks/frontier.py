@@ -133,7 +133,7 @@ PEFT = {"VeRA": ((256,), ("1e-2", "3e-2", "1e-1", "3e-1")),
 CLASH = {"four experts": ("", ["--methods", "mose"]),
          "four experts, never trained routers": ("", ["--methods", "mose_fixed"]),
          "one expert": ("", ["--methods", "mose", *ONE_EXPERT]),
-         "four experts again": ("A/A", ["--methods", "mose"])}
+         "four experts again": ("again", ["--methods", "mose"])}
 CLASH_RATES = ("2.5e-3", "5e-3", "1e-2", "2e-2")
 SCRIPT = """
 import sys, torch, train_trace
@@ -181,7 +181,7 @@ def jobs():
         add("one expert 0.01", seed, "--methods", "mose", "--density", "0.01", *ONE_EXPERT)
         add("all four gates 0.01", seed, "--methods", "mose", "--density", "0.01", "--top_k", "4")
         add("rounded 0.01", seed, "--methods", "mose", "--density", "0.01", "--round_to_bf16")
-        add("mose again 0.01", seed, "--methods", "mose", "--density", "0.01", change="A/A")
+        add("mose again 0.01", seed, "--methods", "mose", "--density", "0.01", change="again")
         for change in ("own alone", "free A"):
             add(f"{change} 0.01", seed, "--methods", "mose", "--density", "0.01", change=change)
         for density in FIXED_A_DENSITIES:
@@ -191,12 +191,14 @@ def jobs():
     return todo
 
 
-# The same method with other draws and another order of the data: what two equal methods differ by.
-CHANGES["A/A"] = """
+# The same method with other draws and another order of the data: what two equal methods differ by
+# (an A/A test).
+CHANGES["again"] = """
 parse = train_trace.parse
 def parse_other(argv=None):
     args = parse(argv)
-    args.seeds = str(1000 + int(args.seeds))
+    if int(args.seeds) < 1000:  # a run that goes on has its seed already
+        args.seeds = str(1000 + int(args.seeds))
     return args
 train_trace.parse = parse_other
 """
