@@ -25,9 +25,9 @@ makes P numbers of them. In (2), `scale` is a constant. (3) is about all entries
              in force is the one that the forward pass applies.)
 
 A task reads the entries that it owns, and some that finished tasks own: usually all entries of A
-that were used when it began, since their values are there already and cost nothing. But a task may
-start from a finished task, its source. Besides its own entries, it then reads what its source reads
-and no others.
+that were used when it began. Their values are stored already, so it takes no more bytes to read
+them. But a task may start from a finished task, its source. Besides its own entries, it then reads
+what its source reads and no others.
 
 Since only free entries can be selected, and the routers of finished tasks are stored, nothing that
 a finished task computes can change: forgetting is ruled out by construction. (Which task is found
@@ -98,7 +98,9 @@ class MoSEConfig:
     fixed_A: bool = False  # True: A is random, the same for all tasks, never learned or stored
     scale: float = 8.0  # > 0, factor of the experts' sum, as alpha / rank is that of a LoRA
     router_dim: int = 16  # P >= 1
-    router_std: float = 1.0  # > 0, standard deviation of a new router; at 1 its gates are unequal
+    # > 0, standard deviation of a new router. If the numbers of a token have a mean square of 1,
+    # its logits vary by router_std * sqrt(router_dim), here 4: its gates are clearly unequal.
+    router_std: float = 1.0
     key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
     round_to_bf16: bool = False  # True: what a task has learned is rounded, so its file is smaller
 
@@ -143,8 +145,8 @@ class StraightThrough(torch.autograd.Function):
     In effect, the forward pass multiplies the values by the mask `reads`. No gradient flows through
     the choice of a mask. So a score gets the gradient that a factor in the place of `reads` would
     have: grad * value, whether the entry is read or not. This is the straight-through estimator,
-    by which the scores of all free entries learn, as in Winning SubNetworks. (The scores of used
-    entries move too, but `select` ignores them.) `score` is an argument only to get this gradient.
+    by which the scores of all free entries learn, as in Winning SubNetworks. `score` is an argument
+    only to get this gradient.
     """
 
     @staticmethod
@@ -161,7 +163,9 @@ class StraightThrough(torch.autograd.Function):
         # do. But B starts at 0 (as A does if the task has a source). A weight that stayed at 0
         # would make the gradient of its score 0, so the score could never learn.
         grad_weight = torch.where(used, 0.0, grad)
-        grad_score = grad * value
+        # Used entries can't be selected. Gradients of their scores would only enter the norm by
+        # which a trainer clips all gradients.
+        grad_score = torch.where(used, 0.0, grad * value)
         return grad_weight, grad_score, None, None, None
 
 
@@ -205,10 +209,12 @@ class SubExperts(nn.Module):
     routers         {number: router (E, P)}, on the CPU, since only a task in force needs its router
 
     The task in force is what the forward pass applies. Each row of a batch may have its own:
-    open_in_force   whether it is the open task; otherwise finished tasks are in force, or none
-    in_force        [(rows, (first, second))] of the finished tasks in force: the rows of the batch
-                    that have the task (None: all rows), and the two matrices of `matrices`
+    in_force        [(rows, matrices)] of the tasks in force: the rows of the batch that have the
+                    task (None: all rows), and its two matrices, as `matrices` makes them. They are
+                    None for the open task, whose matrices change with each step.
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
+
+    handle          of the forward hook, by which it is found again
     """
 
     def __init__(self, linear, config):
@@ -242,9 +248,9 @@ class SubExperts(nn.Module):
         self.num_new = [0, 0]
         self.is_open = False
         self.routers = {}
-        self.open_in_force = False
         self.in_force = []
         self.num_rows = None
+        self.handle = None  # until `MoSE` attaches it
 
     # ---- the life of a task
 
@@ -264,12 +270,12 @@ class SubExperts(nn.Module):
         for part, owner in enumerate(self.split(self.owner)):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
-        self.inherited.copy_(self.reads(lineage))
+        self.inherited.copy_(self.read_by(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # After that, gradients decide which entries a task takes, and not the random start. A step
-        # of Adam moves a score by about the learning rate. With the rate of the example at the top
-        # of this file, a step is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if
-        # it is 3000.
+        # of Adam moves a score by about the learning rate. In the example at the top of this file
+        # the rate is 0.019 if hidden_size is 128, which is 5 * SCORE_SPREAD, and 0.004 if it is
+        # 3000, which is 1 * SCORE_SPREAD.
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -290,14 +296,15 @@ class SubExperts(nn.Module):
             source = lineage[1]
             self.router.copy_(self.routers[source])
 
-    def reads(self, lineage):
+    def read_by(self, lineage):
         """The used entries that a task with this lineage reads, a bool mask (N,).
 
         These are the entries that the tasks of its lineage own, and the entries of A that were
         used when its root began. The root is the last number of the lineage: the task that started
         as the bare base. Entries that were used then belong to tasks with smaller numbers.
 
-        An open task owns nothing yet, so `open_matrices` adds what it would select now.
+        For a finished task, this is `reads` of equation (3). An open task owns nothing yet, so
+        `open_matrices` adds what it would select now.
         """
         # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
         # that, and its B gets more input. It does not read the used entries of B, which would add
@@ -312,43 +319,42 @@ class SubExperts(nn.Module):
     def select(self):
         """The new entries of the open task (N,), a bool mask: the best of the free entries."""
         # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
-        # ones. Here a task reads used entries of A anyway, and should read none of B (see `reads`).
+        # ones. Here a task reads used entries of A anyway, and should read none of B (`read_by`).
         free_score = self.score.masked_fill(self.owner > 0, -math.inf)
         score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
-        new_A, new_B = self.num_new
-        return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
+        num_A, num_B = self.num_new
+        return torch.cat([top_k_mask(score_A, num_A), top_k_mask(score_B, num_B)])
 
     def can_learn(self):
         """Whether entries of B can learn, in the task that `begin` has prepared last.
 
         They need an A that is not 0: of the task itself, inherited or fixed. (The new A of a task
-        with a source is 0, but such a task inherits.)
+        with a source is 0, but such a task nearly always inherits some.)
         """
-        new_A, new_B = self.num_new
-        has_A = self.config.fixed_A or new_A > 0 or bool(self.inherited[:self.size_A].any())
-        return new_B > 0 and has_A
+        num_A, num_B = self.num_new
+        has_A = self.config.fixed_A or num_A > 0 or bool(self.inherited[:self.size_A].any())
+        return num_B > 0 and has_A
 
     @torch.no_grad()
-    def learned(self):
-        """What the open task has learned: its new entries, a bool mask (N,), and its router.
+    def round_to_bf16(self):
+        """Round what the open task has learned, so that later tasks read what a file will hold."""
+        # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing.
+        self.weight.copy_(self.weight.bfloat16())
+        self.router.copy_(self.router.bfloat16())
 
-        With round_to_bf16 all that it has learned is rounded here.
-        """
-        if self.config.round_to_bf16:
-            # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing.
-            # So later tasks read the same values that a file holds.
-            self.weight.copy_(self.weight.bfloat16())
-            self.router.copy_(self.router.bfloat16())
+    def learned(self):
+        """What the open task has learned: its new entries, a bool mask (N,), and its router."""
         return self.select(), self.router.detach().to("cpu", copy=True)
 
     @torch.no_grad()
-    def finish(self, number, new, router):
+    def finish(self, number, selected, router):
         """Freeze what the open task has learned, under its number.
 
-        Nothing here takes memory, so it can't fail after some layers are done.
+        selected: its new entries, a bool mask (N,). Nothing here takes memory, so a lack of memory
+        can't leave some layers done and others not.
         """
-        torch.where(new, self.weight, self.frozen, out=self.frozen)
-        self.owner.masked_fill_(new, number)
+        torch.where(selected, self.weight, self.frozen, out=self.frozen)
+        self.owner.masked_fill_(selected, number)
         self.routers[number] = router
         self.is_open = False
 
@@ -356,7 +362,7 @@ class SubExperts(nn.Module):
         """Keep what tasks with these lineages read, and free all other entries."""
         read = torch.zeros_like(self.owner, dtype=torch.bool)  # (N,)
         for lineage in lineages:
-            read |= self.reads(lineage)
+            read |= self.read_by(lineage)
         self.owner.masked_fill_(~read, 0)
         self.frozen.masked_fill_(~read, 0.0)  # so it holds nothing of a forgotten task
 
@@ -393,7 +399,7 @@ class SubExperts(nn.Module):
     def finished_matrices(self, lineage):
         """The matrices of a finished task. They never change."""
         number = lineage[0]
-        pool = torch.where(self.reads(lineage), self.frozen, 0.0)
+        pool = torch.where(self.read_by(lineage), self.frozen, 0.0)
         return self.matrices(pool, self.routers[number].to(pool.device))
 
     def delta(self, x, matrices):
@@ -413,16 +419,17 @@ class SubExperts(nn.Module):
 
     def add_delta(self, linear, args, out):
         """Forward hook of the linear layer: equation (2). It adds the experts' part to `out`."""
-        # (If this raises IndexError, the model calls layer(input=x) instead of layer(x). Such a
-        # layer can't be a target, since a hook does not see the names of arguments.)
+        # A hook gets named arguments only if it was registered with_kwargs. quantize_dynamic copies
+        # hooks without that.
+        expect(args, "a target was called as layer(input=x), expected layer(x)")
         x = args[0]  # (B, T, D)
-        if self.open_in_force:
-            return out + self.delta(x, self.open_matrices()).to(out.dtype)  # (B, T, O)
         if self.num_rows is not None:
             expect_rows(x, self.num_rows)
         for rows, matrices in self.in_force:
+            if matrices is None:
+                matrices = self.open_matrices()
             if rows is None:
-                out = out + self.delta(x, matrices).to(out.dtype)
+                out = out + self.delta(x, matrices).to(out.dtype)  # (B, T, O)
             else:
                 out = out.index_add(0, rows, self.delta(x[rows], matrices).to(out.dtype))
         return out
@@ -436,8 +443,12 @@ class SubExperts(nn.Module):
             return tensor.to(fn(tensor).device)
 
         super()._apply(move, recurse)
-        self.in_force = [(None if rows is None else move(rows), [move(m) for m in matrices])
-                         for rows, matrices in self.in_force]
+        moved = []
+        for rows, matrices in self.in_force:
+            rows = None if rows is None else move(rows)
+            matrices = None if matrices is None else [move(matrix) for matrix in matrices]
+            moved.append((rows, matrices))
+        self.in_force = moved
         return self
 
     def _save_to_state_dict(self, *args):
@@ -487,7 +498,7 @@ class MoSE:
         self.model = model
         self.config = config or MoSEConfig()
         self.tasks = {}
-        self.open, self.open_lineage, self.open_sums = None, None, None
+        self._close()
         self.active = None
         self.last_number = 0  # the number of the newest task; none is used twice
         check_model(model)
@@ -504,6 +515,171 @@ class MoSE:
             layer.handle = linear.register_forward_hook(layer.add_delta)
 
     # ---- the life of a task
+
+    def begin_task(self, name, source=None, need=1.0):
+        """Open a task, and put it in force. Until it is trained, the model computes exactly what it
+        computes under its source, or as the bare base if it has none.
+
+        source: a finished task to start from. need: share of the usual number of new entries.
+        `begin_task(name, *mose.best_source(probe))` chooses both (see `best_source`). Raises
+        ValueError if a task is open, if the name is taken, if a parameter of the base requires a
+        gradient, or if a task without a source would get no entry.
+        """
+        name = plain_str(name)
+        expect(self.open is None, f"task {self.open!r} is open: end_task() or forget() it first")
+        expect(name not in self.tasks, f"task {name!r} is finished: expected a new name")
+        expect(source is None or source in self.tasks,
+               f"source: got {source!r}, expected None or one of {[*self.tasks]}")
+        expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
+        self._check_can_learn()
+        # All processes have to draw the same numbers.
+        seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        lineage = [self.last_number + 1, *self.tasks.get(source, [])]
+        for layer in self.layers:
+            layer.begin(lineage, need, generator)
+        # A task with a source may get no new entry: then its routers learn alone.
+        expect(source is not None or any(layer.can_learn() for layer in self.layers),
+               f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
+               "forget() a task, or attach with more rank or density")
+        for layer in self.layers:
+            layer.is_open = True
+        self.last_number += 1
+        self.open = name
+        self.open_lineage = lineage
+        self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
+        self.set_task(name)
+
+    def _close(self):
+        """Leave no task open."""
+        self.open, self.open_lineage, self.open_sums = None, None, None
+
+    def _check_can_learn(self):
+        """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
+        check_layers(self.model, self.layers)
+        check_base_is_frozen(self.model, self.layers)
+        expect(not any(layer.weight.is_meta for layer in self.layers), "the experts are offloaded "
+               "with the base (meta device), so no task can be learned: save() the finished tasks, "
+               "detach(), remove the offload, and load() them again")
+
+    def _check_open(self):
+        """Raise ValueError unless a task is open and can learn."""
+        expect(self.open is not None, "no task is open: call begin_task(name) first")
+        self._check_can_learn()
+
+    def trainable_parameters(self):
+        """The open task's Parameters: weights, scores and routers.
+
+        Make a new optimizer for each task: the old one's momentum is noise for a new task.
+        """
+        self._check_open()
+        return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+
+    def end_task(self):
+        """Freeze what the open task has learned, and return what `capacity()` says of it.
+
+        The task is in force afterwards, as a finished one. If this runs out of memory, or is
+        interrupted, while the task is open, call it again: it goes on where it stopped.
+        """
+        self._check_open()
+        # All Parameters are checked, also those that the caller has frozen in the meantime.
+        finite = all(p.isfinite().all() for layer in self.layers for p in layer.parameters())
+        expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
+                       "learn it again with a lower rate")
+        name, lineage, sums = self.open, self.open_lineage, self.open_sums
+        has_key = sums["count"] > 0
+        # Those that an interrupted call before this one has not finished; usually all.
+        layers = [layer for layer in self.layers if layer.is_open]
+        if self.config.round_to_bf16:
+            for layer in layers:
+                layer.round_to_bf16()
+        learned = [layer.learned() for layer in layers]
+        for layer, (selected, router) in zip(layers, learned):
+            layer.finish(lineage[0], selected, router)
+        self.tasks[name] = lineage
+        self._close()
+        self.set_task(None)  # so the bare base is in force if anything below fails
+        if has_key:
+            self.keys.merge(name, sums)
+        self.set_task(name)
+        # The warnings come last, since the caller may have made them errors.
+        warn_of_unused(self.model, self.layers, name)
+        if not has_key:
+            warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
+                          f"observe(prompts, task={name!r})", stacklevel=2)
+        return self.capacity()[name]
+
+    # ---- which task is in force
+
+    @torch.inference_mode(False)  # autograd could not use matrices that were made in it
+    def set_task(self, task):
+        """Put a task in force, for all threads.
+
+        task: a name, or None for the bare base, or a list. A list has a finished task, or None, for
+        each row of the batch; the open task can't be in it. `generate` repeats each example for
+        beams and for several answers, so repeat its name as often, side by side: with two beams,
+        ["FOMC", "FOMC", "Py150", "Py150"]. Keep the task until after backward(), since gradient
+        checkpointing runs the forward pass once more. Only the open task learns: put it in force
+        again before you go on training. A target layer that is replaced later has no experts, which
+        only the next call here notices. Raises ValueError for a task that is not known.
+        """
+        expect(task is None or isinstance(task, (str, list)),
+               f"task: got {task!r}, expected a name, None or a list of names")
+        if isinstance(task, str):
+            task = plain_str(task)
+        is_list = isinstance(task, list)
+        names = [*task] if is_list else [task]
+        is_open = self.open is not None and task == self.open
+        unknown = [name for name in names if name is not None and name not in self.tasks]
+        expect(is_open or not unknown,
+               f"unknown tasks {unknown}: expected finished ones, {[*self.tasks]}, or the open "
+               f"task alone, {self.open!r}")
+        expect(names, "got an empty list of tasks, expected one for each row of the batch")
+        if task is not None:  # the bare base needs no experts
+            check_layers(self.model, self.layers)
+        rows_of = {}  # {name of a task: its rows of the batch, or None for all rows}
+        if is_list:
+            for row, name in enumerate(names):
+                if name is not None:
+                    rows_of.setdefault(name, []).append(row)
+        elif task is not None:
+            rows_of[task] = None
+        # All matrices are made first: a failure must not leave layers with different tasks.
+        in_force = []
+        for layer in self.layers:
+            pairs = []
+            for name, rows in rows_of.items():
+                if rows is not None:
+                    rows = torch.tensor(rows, device=layer.frozen.device)
+                # Those of the open task are made in each pass, since they change with each step.
+                matrices = None if is_open else layer.finished_matrices(self.tasks[name])
+                pairs.append((rows, matrices))
+            in_force.append(pairs)
+        for layer, pairs in zip(self.layers, in_force):
+            layer.in_force = pairs
+            layer.num_rows = len(names) if is_list else None
+        self.active = names if is_list else task
+
+    @contextlib.contextmanager
+    def task(self, task):
+        """`with mose.task("FOMC"): ...` puts a task in force for the block.
+
+        Afterwards the task before it is in force again; or the bare base, if that task was
+        forgotten or renamed in the block. The task is in force for all threads, as with `set_task`:
+        if another thread is generating an answer, that answer changes midway.
+        """
+        before = self.active
+        self.set_task(task)
+        try:
+            yield
+        finally:
+            # The task before may have been forgotten or renamed in the block.
+            names = before if isinstance(before, list) else [before]
+            finished = all(name is None or name in self.tasks for name in names)
+            still_there = finished or before == self.open
+            self.set_task(before if still_there else None)
+
+    # ---- which task to start from
 
     def best_source(self, probe, guess=math.inf):
         """Which finished task a new one should start from: (source, need) for `begin_task`.
@@ -535,155 +711,6 @@ class MoSE:
         if errors[source] < WELL_BELOW * without:
             return source, errors[source] / without
         return None, 1.0
-
-    def begin_task(self, name, source=None, need=1.0):
-        """Open a task, and put it in force. Until it is trained, the model computes exactly what it
-        computes under its source, or as the bare base if it has none.
-
-        source: a finished task to start from. need: share of the usual number of new entries.
-        `begin_task(name, *mose.best_source(probe))` chooses both. Raises ValueError if a task is
-        open, if the name is taken, if a parameter of the base requires a gradient, or if a task
-        without a source would get no entry.
-        """
-        name = plain_str(name)
-        expect(self.open is None, f"task {self.open!r} is open: end_task() or forget() it first")
-        expect(name not in self.tasks, f"task {name!r} is finished: expected a new name")
-        expect(source is None or source in self.tasks,
-               f"source: got {source!r}, expected None or one of {[*self.tasks]}")
-        expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
-        check_layers(self.model, self.layers)
-        check_frozen(self.model, self.layers)
-        expect(not any(layer.weight.is_meta for layer in self.layers), "the experts were offloaded "
-               "with the base (meta device): begin the task first, and offload then")
-        # All processes have to draw the same numbers.
-        seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
-        generator = torch.Generator("cpu").manual_seed(seed)
-        lineage = [self.last_number + 1, *self.tasks.get(source, [])]
-        for layer in self.layers:
-            layer.begin(lineage, need, generator)
-        # A task with a source may get no new entry: then its routers learn alone.
-        expect(source is not None or any(layer.can_learn() for layer in self.layers),
-               f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
-               "forget() a task, or attach with more rank or density")
-        for layer in self.layers:
-            layer.is_open = True
-        self.last_number += 1
-        self.open = name
-        self.open_lineage = lineage
-        self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
-        self.set_task(name)
-
-    def _check_open(self):
-        """Raise ValueError unless a task is open, the hooks are there and the base is frozen."""
-        expect(self.open is not None, "no task is open: call begin_task(name) first")
-        check_layers(self.model, self.layers)
-        check_frozen(self.model, self.layers)
-
-    def trainable_parameters(self):
-        """The open task's Parameters: weights, scores and routers.
-
-        Make a new optimizer for each task: the old one's momentum is noise for a new task.
-        """
-        self._check_open()
-        return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
-
-    def end_task(self):
-        """Freeze what the open task has learned, and return what `capacity()` says of it.
-
-        The task is in force afterwards, as a finished one.
-        If it runs out of memory while it selects the entries, the task stays open: call it again.
-        """
-        self._check_open()
-        # All Parameters are checked, also those that the caller has frozen in the meantime.
-        finite = all(p.isfinite().all() for layer in self.layers for p in layer.parameters())
-        expect(finite, f"task {self.open!r} has weights that are not finite: forget() it, and "
-                       "learn it again with a lower rate")
-        name, number = self.open, self.open_lineage[0]
-        has_key = self.open_sums["count"] > 0
-        # If this fails, nothing has changed, except that some layers may be rounded already.
-        learned = [layer.learned() for layer in self.layers]
-        for layer, (new, router) in zip(self.layers, learned):
-            layer.finish(number, new, router)
-        self.tasks[name] = self.open_lineage
-        self.open = None
-        self.set_task(None)  # so the bare base is in force if anything below fails
-        if has_key:
-            self.keys.merge(name, self.open_sums)
-        self.set_task(name)
-        # The warnings come last, since the caller may have made them errors.
-        warn_of_unused(self.model, self.layers, name)
-        if not has_key:
-            warnings.warn(f"task {name!r} has no key, so infer_task() can't find it: "
-                          f"observe(prompts, task={name!r})", stacklevel=2)
-        return self.capacity()[name]
-
-    # ---- which task is in force
-
-    @torch.inference_mode(False)  # autograd could not use matrices that were made in it
-    def set_task(self, task):
-        """Put a task in force, for all threads.
-
-        task: a name, or None for the bare base, or a list. A list has a finished task, or None, for
-        each row of the batch; the open task can't be in it. `generate` repeats each example for
-        beams and for several answers, so repeat its name as often, side by side: with two beams,
-        ["FOMC", "FOMC", "Py150", "Py150"]. Keep the task until after backward(), since gradient
-        checkpointing runs the forward pass once more. Only the open task learns: put it in force
-        again before you go on training. Raises ValueError for a task that is not known.
-        """
-        expect(task is None or isinstance(task, (str, list)),
-               f"task: got {task!r}, expected a name, None or a list of names")
-        if isinstance(task, str):
-            task = plain_str(task)
-        is_list = isinstance(task, list)
-        names = [*task] if is_list else [task]
-        open_in_force = self.open is not None and task == self.open
-        unknown = [name for name in names if name is not None and name not in self.tasks]
-        expect(open_in_force or not unknown,
-               f"unknown tasks {unknown}: expected finished ones, {[*self.tasks]}, or the open "
-               f"task alone, {self.open!r}")
-        expect(names, "got an empty list of tasks, expected one for each row of the batch")
-        if task is not None:  # the bare base needs no experts
-            check_layers(self.model, self.layers)
-        rows_of = {}  # {name of a finished task: its rows of the batch, or None for all rows}
-        if is_list:
-            for row, name in enumerate(names):
-                if name is not None:
-                    rows_of.setdefault(name, []).append(row)
-        elif task in self.tasks:
-            rows_of[task] = None
-        # All matrices are made first: a failure must not leave layers with different tasks.
-        in_force = []
-        for layer in self.layers:
-            pairs = []
-            for name, rows in rows_of.items():
-                if rows is not None:
-                    rows = torch.tensor(rows, device=layer.frozen.device)
-                pairs.append((rows, layer.finished_matrices(self.tasks[name])))
-            in_force.append(pairs)
-        for layer, pairs in zip(self.layers, in_force):
-            layer.in_force = pairs
-            layer.open_in_force = open_in_force
-            layer.num_rows = len(names) if is_list else None
-        self.active = names if is_list else task
-
-    @contextlib.contextmanager
-    def task(self, task):
-        """`with mose.task("FOMC"): ...` puts a task in force for the block.
-
-        Afterwards the task before it is in force again; or the bare base, if that task was
-        forgotten or renamed in the block. The task is in force for all threads, as with `set_task`:
-        if another thread is generating an answer, that answer changes midway.
-        """
-        before = self.active
-        self.set_task(task)
-        try:
-            yield
-        finally:
-            # The task before may have been forgotten or renamed in the block.
-            names = before if isinstance(before, list) else [before]
-            finished = all(name is None or name in self.tasks for name in names)
-            still_there = finished or before == self.open
-            self.set_task(before if still_there else None)
 
     # ---- which task a prompt belongs to
 
@@ -732,7 +759,11 @@ class MoSE:
 
     def _remember_base(self, targets):
         """Keep what `detach` gives back, and what `load` compares with the base of a file."""
-        self.trainable_before = [p for p in self.model.parameters() if p.requires_grad]
+        # Places, and not the Parameters: FSDP2 and accelerate replace these by others, and a list
+        # of the old ones would keep them in memory.
+        self.trainable_before = [
+            (module, key) for module in self.model.modules()
+            for key, p in module._parameters.items() if p is not None and p.requires_grad]
         self.base = fingerprint(self.model)
         # `load` compares the tensors whose names both bases have. Each adapted layer, and the
         # embeddings, must have at least one tensor among them.
@@ -758,7 +789,7 @@ class MoSE:
         else:
             number, *_ = self.tasks.pop(name)
         self.keys.tasks.pop(name, None)
-        self.open = None  # (If a finished task goes, it is None already.)
+        self._close()  # (If a finished task goes, none is open.)
         for layer in self.layers:
             layer.is_open = False
             layer.routers.pop(number, None)
@@ -795,8 +826,10 @@ class MoSE:
                     del module._forward_hooks[key]
             if getattr(module, "sub_experts", None) in self.layers:
                 del module.sub_experts
-        for parameter in self.trainable_before:
-            parameter.requires_grad_(True)
+        for module, key in self.trainable_before:
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(True)
 
     # ---- what it costs, and how it is kept
 
@@ -967,18 +1000,20 @@ class MoSE:
 class TaskKeys:
     """How a prompt finds its task: each task is a distribution of mean token embeddings.
 
-    x is a prompt as numbers, m the mean of a task's prompts, and s their standard deviation,
-    one number for all dimensions. All three are without the text that all tasks share: `infer`
-    and `own_text` take it out. S is the mean of s over all tasks. C is a covariance that all tasks
-    share, scaled so that its mean variance is 1. dim is the length of x: key_dim, or the width of
-    the embeddings if that is less.
+    x is a prompt as numbers: a weighted mean of the embeddings of its tokens, which a fixed random
+    projection maps to dim numbers (`tokens_and_weights`, `embed`). dim is key_dim, or the width of
+    the embeddings if that is less. m is the mean of a task's prompts, and s their standard
+    deviation, one number for all dimensions. All three are without the text that all tasks share:
+    `infer` and `own_text` take it out. S is the mean of s over all tasks. C is a covariance that
+    all tasks share, scaled so that its mean variance is 1.
 
         distance   = (x - m)^T C^-1 (x - m) / dim
         likelihood = (1 + dim / FREEDOM * distance / v) ^ (-(FREEDOM + dim) / 2) / v^(dim / 2)
         v          = s * S
 
-    A prompt belongs to the task of the largest likelihood (here without a constant that all
-    tasks share). This is a Student t distribution, a Gaussian with heavier tails. A few prompts
+    So `distance` is a mean of squares over the dimensions. It is about s^2 for the task's own
+    prompts. A prompt belongs to the task of the largest likelihood (here without a constant that
+    all tasks share). This is a Student t distribution, a Gaussian with heavier tails. A few prompts
     that lack the system prompt enlarge the variance of their task, and a Gaussian would then
     send other prompts to the wrong task. v lies between the task's own variance, s^2, and the
     typical one, S^2. With s^2, a prompt slightly off the mean of a narrow task would go to a
@@ -1126,6 +1161,7 @@ class TaskKeys:
         for ids in prompts:
             tokens, weights = self.tokens_and_weights(ids)
             keep = ~torch.isin(tokens, shared)
+            # (If no token is left, the sum of nothing is 0, and so is the mean.)
             own.append(self.embed(table, tokens[keep], weights[keep] / weights[keep].sum()))
             is_empty.append(not keep.any())
         own = torch.stack(own)  # (B, dim)
@@ -1214,9 +1250,13 @@ class TaskKeys:
     def key_bytes(self):
         """{task: bytes of its key}. The covariance, which all share, counts with the first one."""
         dim = len(self.pooled)
+        mean, count_and_variance, token_and_weight = 4 * dim, 4 + 4, 4 + 4
+        covariance = 2 * (dim * (dim + 1) // 2)  # a triangle in bf16
         sizes = {}
         for name, (_, _, _, common) in self.tasks.items():
-            sizes[name] = 4 * dim + 8 + 8 * len(common) + (0 if sizes else dim * (dim + 1))
+            sizes[name] = mean + count_and_variance + token_and_weight * len(common)
+            if len(sizes) == 1:
+                sizes[name] += covariance
         return sizes
 
 
@@ -1327,7 +1367,7 @@ def check_layers(model, layers):
                f"all parameters of mose.layers as ignored_params ({MORE})")
 
 
-def check_frozen(model, layers):
+def check_base_is_frozen(model, layers):
     """Raise ValueError if the base is no longer frozen: an optimizer could then change it, and with
     it what finished tasks compute."""
     experts = {id(p) for layer in layers for p in layer.parameters()}
@@ -1366,6 +1406,8 @@ def autocast_off(device):
     torch's own context takes longer than the products of a token, so it is entered only where
     autocast is on, or may be on later: an exported graph may run under autocast.
     """
+    if not torch.amp.is_autocast_available(device.type):  # say, on the meta device
+        return contextlib.nullcontext()
     if torch.is_autocast_enabled(device.type) or torch.compiler.is_exporting():
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -1503,7 +1545,7 @@ def frequencies(model):
                 is_wanted = "original_" in name
             else:  # (long_inv_freq is made of the config when the first long batch comes)
                 is_wanted = "original_" not in name and "long_" not in name
-            if is_wanted:
+            if is_wanted and torch.is_tensor(value):  # some models make it at their first pass
                 yield value
 
 

@@ -144,7 +144,9 @@ def test_the_gradient_is_that_of_equation_3_as_if_all_entries_were_read():
     # Here all entries are read, and each value is multiplied by a score of 1.
     ones = torch.ones(200, requires_grad=True)
     expected_weight, expected_score = torch.autograd.grad(ones * value, (weight, ones), grad)
-    assert torch.equal(grad_weight, expected_weight) and torch.equal(grad_score, expected_score)
+    # (Used entries can't be selected, so their scores get no gradient.)
+    assert torch.equal(grad_weight, expected_weight)
+    assert torch.equal(grad_score, expected_score.where(~used, 0.0))
     assert grad_weight[~reads & ~used].all() and not grad_weight[used].any()
 
 
@@ -299,11 +301,11 @@ def test_a_new_task_is_the_bare_base_until_its_first_step(kind, guard, monkeypat
 
 
 def test_a_task_with_a_source_starts_as_its_source_bit_for_bit(guard, monkeypatch):
-    def reads_all_of_A(layer, lineage, reads=SubExperts.reads):
+    def reads_all_of_A(layer, lineage, reads=SubExperts.read_by):
         return reads(layer, [*lineage, lineage[0]])  # its own number as the root
 
     # Off: it reads all used entries of A, which are more than its source read.
-    guard or monkeypatch.setattr(SubExperts, "reads", reads_all_of_A)
+    guard or monkeypatch.setattr(SubExperts, "read_by", reads_all_of_A)
     mose = learn(attach(density=0.3), *"abc")
     before = snapshot(mose, "a")
     mose.begin_task("d", "a")
@@ -313,7 +315,7 @@ def test_a_task_with_a_source_starts_as_its_source_bit_for_bit(guard, monkeypatc
 def test_a_new_task_reads_all_used_entries_of_matrix_a_and_owns_a_share_of_the_free_ones():
     mose, new = learn(attach(density=0.2), *"abc"), [0, 0, 0]
     for layer in mose.layers:
-        a, b, c = (layer.reads(mose.tasks[name]) for name in "abc")
+        a, b, c = (layer.read_by(mose.tasks[name]) for name in "abc")
         own_a, own_b, own_c = (layer.owner == number for number in (1, 2, 3))
         in_A = torch.arange(len(layer.owner)) < layer.size_A
         assert torch.equal(a, own_a)
@@ -337,7 +339,7 @@ def test_with_a_fixed_matrix_a_tasks_learn_and_store_b_alone(tmp_path):
     assert not torch.equal(before[0], snapshot(mose, None)[0])  # control: it has learned something
     for layer in mose.layers:
         assert len(layer.owner) == layer.weight.numel() == math.prod(layer.shape_B)
-        a, b, c = (layer.reads(mose.tasks[name]) for name in "abc")
+        a, b, c = (layer.read_by(mose.tasks[name]) for name in "abc")
         assert not (a & b).any() and (a & c).equal(a)  # "c" reads what its source reads
         # Nobody stores A, so files rely on its values: signs, as `fixed_signs` gives them, with the
         # variance 1 / (3 D) of an A that is learned.
@@ -516,6 +518,24 @@ def test_a_forget_that_fails_midway_leaves_the_bare_base_in_force(monkeypatch):
     assert not any(layer.owner.any() for layer in mose.layers)
 
 
+def test_an_interrupted_end_of_a_task_goes_on_where_it_stopped(guard, monkeypatch):
+    mose = learn(attach(), "a", end=False)
+    before = snapshot(mose, "a")
+    expected = [layer.num_new for layer in mose.layers]
+    monkeypatch.setattr(mose.layers[1], "finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mose.end_task()
+    monkeypatch.undo()
+    assert mose.open == "a" and not mose.layers[0].is_open  # one layer was done
+    if not guard:  # Off: this layer selects a second time, from the entries that are left.
+        mose.layers[0].is_open = True
+    mose.end_task()
+    owned = [[int(part.sum()) for part in (layer.owner[:layer.size_A], layer.owner[layer.size_A:])]
+             for layer in mose.layers]
+    assert (owned == expected) == guard
+    assert torch.equal(snapshot(mose, "a"), before) == guard
+
+
 @pytest.mark.parametrize("says, call", [
     ("is open: call begin_task", MoSE.end_task), ("call begin_task", MoSE.trainable_parameters),
     (r"source: got 'z'.*\['a', 'b'\]", lambda mose: mose.begin_task("c", "z")),
@@ -571,7 +591,7 @@ def begin_that_keeps_what_is_used(layer, *given, begin=SubExperts.begin):
 
 
 def finished_from_the_weights(layer, lineage):
-    pool = torch.where(layer.reads(lineage), layer.weight.detach(), 0.0)
+    pool = torch.where(layer.read_by(lineage), layer.weight.detach(), 0.0)
     return layer.matrices(pool, layer.routers[lineage[0]])
 
 
@@ -639,7 +659,7 @@ def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch
     assert torch.equal(snapshot(mose, "a", "c"), before) == guard
     assert mose.capacity()["c"]["share"] < share
     for layer in mose.layers:
-        read = layer.reads(mose.tasks["a"]) | layer.reads(mose.tasks["c"])
+        read = layer.read_by(mose.tasks["a"]) | layer.read_by(mose.tasks["c"])
         assert torch.equal(layer.owner > 0, read) and torch.equal(layer.frozen != 0, read)
         assert (layer.owner[:layer.size_A] == 2).any() == guard
         assert not (layer.owner[layer.size_A:] == 2).any()

@@ -88,11 +88,11 @@ def begin(layer, lineage, need, generator, begin=SubExperts.begin):
     used_by_the_method = 1 - (1 - layer.config.density) ** lineage[0]  # with this task's own
     layer.num_new[0] = int(used_by_the_method * layer.size_A)
 SubExperts.begin = begin
-SubExperts.reads = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
+SubExperts.read_by = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
 """,
     # A task reads its own entries alone.
     "own alone": """
-SubExperts.reads = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
+SubExperts.read_by = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
 """,
 }
 # States of Adam that take less memory: rounded to bf16 after each step, or 8-bit ones.

@@ -228,7 +228,7 @@ def test_a_task_that_was_trained_while_another_was_in_force_is_warned_of(in_forc
 
 def test_the_base_has_to_stay_frozen(guard, monkeypatch):
     # Off: a base that somebody has set free is trained too, and a finished task changes.
-    guard or monkeypatch.setattr("mose.check_frozen", lambda model, layers: None)
+    guard or monkeypatch.setattr("mose.check_base_is_frozen", lambda model, layers: None)
     mose = learn(attach(), "a")
     before = snapshot(mose, "a")
     mose.begin_task("b")

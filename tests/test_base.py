@@ -1,7 +1,10 @@
 """Which base a file fits, and weights of all kinds: quantised, offloaded, sharded."""
 
+import copy
 import enum
+import gc
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -203,6 +206,44 @@ def test_an_offloaded_base_still_infers_and_saves(tmp_path):
     refuses("offloaded .meta device.", MoSE, offloaded)
     mose.model.get_input_embeddings()._hf_hook.weights_map = None
     refuses("no hook of accelerate", mose.infer_task, data("a"))
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "control"])
+def test_an_offload_frees_the_memory_of_the_base_and_can_be_removed(guard, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    mose, logits = saved(tiny(), tmp_path / "m")
+    old = [weakref.ref(p) for p in mose.model.parameters()]
+    kept = None if guard else [*mose.model.parameters()]  # Off: as if MoSE kept the Parameters
+    accelerate.cpu_offload(mose.model, execution_device="cpu")
+    gc.collect()
+    assert (not any(reference() is not None for reference in old)) == guard
+    del kept
+    refuses(r"offloaded with the base .* detach\(\), remove the offload", mose.begin_task, "c")
+    mose.detach()
+    accelerate.hooks.remove_hook_from_submodules(mose.model)
+    assert all(p.requires_grad and not p.is_meta for p in mose.model.parameters())
+    fits(tmp_path / "m", mose.model, logits)
+
+
+def test_detach_finds_parameters_that_others_took_the_place_of():
+    mose = attach()
+    old = mose.model.lm_head.weight
+    mose.model.load_state_dict(mose.model.state_dict(), assign=True)
+    assert mose.model.lm_head.weight is not old and not mose.model.lm_head.weight.requires_grad
+    mose.detach()
+    assert all(p.requires_grad for p in mose.model.parameters())
+
+
+def test_a_model_may_make_its_frequencies_later():
+    model = tiny()
+    model.lazy_inv_freq = None
+    MoSE(model)
+
+
+def test_shapes_can_be_computed_on_the_meta_device():
+    mose = learn(attach(), "a")
+    model = copy.deepcopy(mose).model.to("meta")
+    assert model(data("a").to("meta")).logits.shape == snapshot(mose, "a")[0].shape
 
 
 def test_a_base_whose_weights_are_dtensors(tmp_path):
