@@ -18,15 +18,16 @@ order, and replay takes some more steps):
     joint      one LoRA, trained on all tasks at the same time: the usual upper bound
     task_lora  one LoRA for each task, and the task is known: what MoSEs has to reach
     moe_lora   a mixture of LoRAs without masks, in sequence, with one router for all tasks
-    mose       MoSEs. The task of a test prompt is known (the paper calls this TIL), or it is
-               inferred from the prompt (TaIL).
+    mose       MoSEs. The task of a test prompt is known (the paper calls this TIL, for
+               task-incremental learning), or it is inferred from the prompt (TaIL).
     mose_fixed the same, but its routers stay as they were drawn, and are not trained
 
 By default these are lora, replay, task_lora and mose.
 
-Answers are decoded greedily (TRACE samples at temperature 0.1), and scored by TRACE's metrics. On
-real TRACE data the scores compare with papers that use its 0.5K split, order and metrics, for the
-same base model only. No score on trace-mini compares with any paper's.
+Answers are decoded greedily (TRACE samples at temperature 0.1), up to the length of the longest
+answer in train (TRACE: up to 512 tokens), and scored by TRACE's metrics. On real TRACE data the
+scores compare with papers that use its 0.5K split, order and metrics, for the same base model only.
+No score on trace-mini compares with any paper's.
 """
 
 # /// script
@@ -68,11 +69,12 @@ from tracebench.scores import SCORES, floor, mean
 def learn_in_a_row(record, model, tokenizer, tasks, bar):
     """The loop: learn all tasks with one method, and test those seen so far after each of them.
 
-    The adapters of the other methods have the same verbs as MoSE. With a LoRA, best_source always
-    gives (None, 1.0), and observe does nothing, since it has no key. Where one LoRA serves all
-    tasks, set_task takes any name.
     record: what this method has done so far with one seed, kept on the disk: its adapter, which
     lessons remain, and all scores. Its args are the options, with this seed in args.seeds, as text.
+
+    The adapters of the other methods have the same verbs as MoSE. A LoRA has no source (best_source
+    always gives None, 1.0) and no key (observe does nothing). Where one LoRA serves all tasks,
+    set_task takes any name.
     """
     method, args = record.method, record.args
     adapter = record.adapter(model)  # a new one, or that of the last lesson before an interruption
@@ -123,8 +125,9 @@ def train(model, tokenizer, parameters, task, args, lr, bar):
     plan = [*batches(task.train, args.batch, task.epochs, rng)]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: share_of_rate(step, len(plan), args.schedule))
-    for p in parameters:  # `add_up` needs gradients of all processes, even of one without examples
+        optimizer, lambda step: share_of_rate(step, len(plan)))
+    # The sum over all processes, below, needs a gradient of each, even of one without examples.
+    for p in parameters:
         p.grad = torch.zeros_like(p)
     model.train()
     for step, batch in enumerate(plan):
@@ -159,15 +162,13 @@ def diverged(what, lr):
                       "are done, python -m figures.report runs/NAME")
 
 
-def share_of_rate(step, steps, schedule):
+def share_of_rate(step, steps):
     """The share of the learning rate at a step: it rises for a twentieth of the steps, and then
-    falls along half a cosine, or stays. It is above 0 at the first step and at the last one, so
+    falls along half a cosine. It is above 0 at the first step and at the last one, so
     that every step teaches something."""
     warm_up = steps // 20
     if step < warm_up:
         return (step + 1) / (warm_up + 1)
-    if schedule == "constant":
-        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
@@ -195,7 +196,8 @@ def probe(model, tokenizer, task, args):
 def evaluate(model, tokenizer, adapter, task, args):
     """Test an adapter on a task. Without one (None), the bare base is tested. Returns a Tested: the
     score of each test example with the task known (TIL) and, for MoSEs, with the task inferred from
-    each prompt (TaIL); and the first two answers, to be shown in the result file."""
+    each prompt (TaIL); and the first two answers, to be shown in the result file. In both cases an
+    answer may be as long as those of the right task."""
     indices = range(len(task.test_prompt_ids))
 
     def scores(answers):
@@ -279,14 +281,24 @@ def session(todo, runs, args):
     folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
     try:
         learn_and_test(todo, args, model, tokenizer, tasks)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         fewer = max(1, args.tokens // 2)
-        ways = ", then ".join(f"--resume {folder} --tokens {fewer}" for folder in folders)
+        ways = ", then ".join(f"{GO_ON} {folder} --tokens {fewer}" for folder in folders)
         raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say: {ways} "
                          "(and --checkpointing, if one row is too long)") from error
     except KeyboardInterrupt:
-        ways = ", then ".join(f"--resume {folder}" for folder in folders)
+        ways = ", then ".join(f"{GO_ON} {folder}" for folder in folders)
         sys.exit(f"\ninterrupted: what was learned and tested is saved. To go on: {ways}")
+
+
+GO_ON = "python train_trace.py --resume"
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError is one. (On a CPU it is no OutOfMemoryError.)"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def learn_and_test(todo, args, model, tokenizer, tasks):
@@ -319,7 +331,11 @@ def from_the_command_line():
     """Do what the command line asks for. An error that the user can mend becomes one message."""
     try:
         main(parse())
-    except torch.OutOfMemoryError as error:  # before the training, which has a message of its own
+    except KeyboardInterrupt:  # before the training or after it, which has a message of its own
+        sys.exit("\ninterrupted")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         sys.exit(f"train_trace.py: error: {error}\nThe base does not fit, or its experts: take a "
                  "smaller one, or one of --dtype bfloat16, --device_map auto, --shard")
     except (ValueError, OSError) as error:

@@ -111,7 +111,7 @@ def route(mose, tokenizer, args, asked, limits):
 def gather(results, mose, routed, why, share):
     """All that the page shows; share: how much of the usual room there is for what can be cut."""
     args, tasks, examples = (next(iter(results.values()))[k] for k in ("args", "tasks", "examples"))
-    metrics = metrics_of(args["metric"])
+    metrics = metrics_of(args["metric"], tasks)
     asked, size, last = questions(results), int(600 * share), int(96 * share)
 
     def by_task(rows):

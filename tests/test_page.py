@@ -19,6 +19,7 @@ from tracebench.options import Args
 from tracebench.scores import TASKS as TRACE
 
 TASKS = ["FOMC", "<b>bold</b>", "עברית 😀"]
+METRIC = f"{TASKS[1]}=rouge_l,{TASKS[2]}=accuracy"
 NASTY = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>\0\u202e &amp; 😀 שלום"
 PROMPT = f"{NASTY}\nSee https://example.org/\nAnswer:"
 COLOURS = ["#ffffff", "#e69f00", "#56b4e9"]  # of the first three tasks
@@ -75,7 +76,7 @@ def learn(model, tokenizer, tasks, file, targets=("q_proj", "v_proj")):
 def run(tmp_path_factory):
     """(folder of a run with a page, its results, the owner of each entry of layer 0's first A)."""
     folder = tmp_path_factory.mktemp("page")
-    args = Args(device="cpu", metric=f"{TASKS[1]}=rouge_l,{TASKS[2]}=accuracy")
+    args = Args(device="cpu", metric=METRIC)
     torch.manual_seed(0)
     mose = learn(*load_model(args), TASKS, folder / "mose.pt")
     N = None
@@ -298,7 +299,7 @@ def test_everything_has_a_name_and_is_reached_by_tab(run, visit):
 
 
 def test_what_a_run_lacks_is_left_out_with_a_reason(visit, tmp_path):
-    args = Args(device="cpu")
+    args = Args(device="cpu", metric=METRIC)
     old = result("base", args, [[1.0, 2.0, 3.0]], [])
     (tmp_path / "base.json").write_text(json.dumps({**old, "asked": {}}))
     page = visit(subject.write_page(tmp_path))
@@ -328,8 +329,7 @@ def test_small_for_a_big_base_and_long_texts(visit, tmp_path, hidden, inner, lay
     for file in (ROOT / "assets/tiny-llm").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "base")
     tasks = [*TRACE]
-    args = Args(model=str(tmp_path / "base"), device="cpu", targets=targets,
-                            max_prompt=200, metric=",".join(f"{t}=accuracy" for t in tasks))
+    args = Args(model=str(tmp_path / "base"), device="cpu", targets=targets, max_prompt=200)
     learn(*load_model(args), tasks, tmp_path / "mose.pt", tuple(targets.split(",")))
     texts = [f"{i} 她说：「未知」。 <EOL> " * 100 for i in range(8)]
     for method in subject.METHODS:

@@ -99,6 +99,7 @@ def test_resume_takes_no_other_method_and_a_finished_run_is_left_alone(tmp_path,
     options = "--resume: the run goes on with the options that it began with"
     for argv, message in ((["--resume", "runs/a", "--lr", "1"], options),
                           (["--resume", "runs/a", "--tasks", "FOMC"], options),
+                          (["--resume", "runs/a", "--lr", "0"], options),  # also a default
                           (["--resume", "runs/a", "--tokens", "9", "--lr", "1"], options),
                           (["--resume", "runs/a", "--tokens", "0"], "--tokens: got 0"),
                           (["--resume", "runs/none"], "there is no runs/none/args.json")):
@@ -489,7 +490,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "a byte order mark": ("BOM", lambda m, b, p: from_text(
         b"\xef\xbb\xbf" + rows(("p", "a")).encode(), b, p)),
     "an object, no list": ("got dict", lambda m, b, p: from_text("{}", b, p)),
-    "an empty list": (r"got list '\[\]'", lambda m, b, p: from_text("[]", b, p)),
+    "an empty list": ("got an empty list", lambda m, b, p: from_text("[]", b, p)),
     "empty prompt": ("row 0", lambda m, b, p: from_text(rows(("", "a")), b, p)),
     "empty answer": ("row 1", lambda m, b, p: from_text(rows(("p", "a"), ("q", "")), b, p)),
     "answer above the limit": ("leaves no room", lambda m, b, p: from_text(
@@ -512,6 +513,16 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "seed x": ("--seeds", lambda m, b, p: parse("--seeds", "x")),
     "lr x": ("invalid float", lambda m, b, p: parse("--lr", "x")),
     "ask without prompt": ("expected FILE and", lambda m, b, p: parse("--ask", "m.pt")),
+    "ask with an empty prompt": ("the prompt is empty", lambda m, b, p: train_trace.main(
+        Args(ask=[__file__, ""]))),
+    "ask with a folder": ("expected the file of a run", lambda m, b, p: train_trace.main(
+        Args(ask=[str(p), "x"]))),
+    "a folder without a model": ("--model .*: can't be loaded", lambda m, b, p: (
+        train_trace.load_model(Args(model=str(p), device="cpu")))),
+    "an answer of special tokens": ("is no text for the tokenizer", lambda m, b, p: from_text(
+        rows(("p", "a"), ("q", b[1].eos_token)), b, p)),
+    "no eval.json": ("since --split eval asks for it", lambda m, b, p: from_text(
+        rows(("p", "a")), b, p, split="eval")),
 }
 
 

@@ -263,13 +263,12 @@ def test_nothing_is_cleaned_up_in_an_answer(base):
 # ------------------------------------------------------------------------------ steps
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_every_step_has_a_rate_above_zero(schedule):
+def test_every_step_has_a_rate_above_zero():
     for steps in (1, 2, 3, 19, 20, 21, 100, 1000):
-        rates = [train_trace.share_of_rate(step, steps, schedule) for step in range(steps)]
+        rates = [train_trace.share_of_rate(step, steps) for step in range(steps)]
         assert 0 < min(rates) and max(rates) == 1.0
     assert rates[0] < rates[25] < rates[50] == 1.0, "it rises for a twentieth of the steps"
-    assert (rates[-1] < 0.01) == (schedule == "cosine")
+    assert rates[-1] < 0.01
 
 
 def test_a_run_of_one_step_moves_the_weights(base):
@@ -562,7 +561,8 @@ BAD_FILES = [
     ("", "can't be read as JSON"),
     ("[{", "can't be read as JSON"),
     ("{}", "got dict '{}'"),
-    ("[]", "got list '[]'"),
+    ("[]", "got an empty list"),
+    (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "a row of JSON in each line needs commas"),
     ("3", "got int '3', expected a list"),
     (json.dumps(GOOD), "got dict \"{'prompt'"),
     (json.dumps([GOOD, "x"]), "row 1"),
@@ -648,7 +648,13 @@ def test_a_task_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"tasks": "FOMCC"}, "--tasks: .*: FOMCC has none. Correct its name, or add --metric"),
+    ({"tasks": "FOMCC"}, "TRACE has no 'FOMCC', only .* Correct the name, or give its metric"),
+    ({"tasks": "FOMC,"}, "TRACE has no ''"),
+    ({"tasks": "mine", "metric": "mine=acc"}, "got 'mine=acc', expected one of accuracy, "),
+    ({"tasks": "A,B", "metric": "A=accuracy,A=sari"}, "got 'A=sari', expected .* once .*: A, B"),
+    ({"metric": "Py150=sari"}, "got 'Py150=sari', .* that is not TRACE's: there is none"),
+    ({"tasks": "FOMC", "data": "http://[x"}, "FOMC/train.json: can't be read"),
+    ({"tasks": "FOMC", "data": "http://.foo"}, "FOMC/train.json: can't be read"),
     ({"tasks": "FOMC,FOMC"}, "each once"),
     ({"tasks": "FOMC", "data": "/nowhere"}, "FOMC/train.json"),
     ({"epochs": "1,2"}, "--epochs"),
@@ -666,7 +672,7 @@ def test_a_wrong_option_is_named(base, options, message):
 
 @pytest.mark.parametrize("argv", [
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
-    ["--schedule", "zigzag"], ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
+    ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
     ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "0"], ["--lr", "nan"],
     ["--test", "never"], ["--top_k", "5"], ["--experts", "0"], ["--lora_scale", "0"],
     ["--router_std", "inf"], ["--name", ""], ["--seeds", str(10**15)], ["--device_map", "auto", "--device", "cpu"],
@@ -678,10 +684,12 @@ def test_a_wrong_flag_ends_with_a_message(argv, capsys):
 
 
 @pytest.mark.parametrize("fault, message, has_traceback", [
-    (lambda args: claim(Path("train_trace.py")), "File exists", False),  # an OSError
-    (lambda args: train_trace.load_tasks(Args(tasks="x"), None, None), "x has none", False),
+    (lambda args: open("assets"), "Is a directory", False),  # an OSError
+    (lambda args: claim(Path("train_trace.py")), "is a file, expected a folder", False),
+    (lambda args: train_trace.load_tasks(Args(tasks="x"), None, None), "TRACE has no 'x'", False),
     (lambda args: json.loads("{"), "Expecting property name", True),  # of another library
-    (lambda args: torch.zeros(2**60), None, None),  # control: no error of the user
+    (lambda args: torch.zeros(2**60), "can't allocate memory", False),
+    (lambda args: torch.zeros(2) @ torch.zeros(3), None, None),  # control: no error of the user
 ])
 def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -710,6 +718,19 @@ def test_out_of_memory_says_how_to_go_on(where, message, tmp_path, monkeypatch):
         train_trace.from_the_command_line()
 
 
+@pytest.mark.parametrize("max_prompt, is_said", [(8, True), (1024, False)])
+def test_prompts_that_are_cut_are_counted(max_prompt, is_said, base, capsys):
+    train_trace.load_tasks(Args(tasks="FOMC", max_prompt=max_prompt), base[1], base[0])
+    says = "FOMC: 500 of 500 prompts have more than 8 tokens: the model reads the last ones"
+    assert (says in capsys.readouterr().out) == is_said
+
+
+def test_damaged_progress_is_named(tmp_path):
+    (tmp_path / "mose.progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"mose.progress.json is damaged .* delete it"):
+        Record(tmp_path, "mose", [], Args())
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
     def interrupted(*given):
         raise KeyboardInterrupt
@@ -720,7 +741,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         train_trace.main(args)
     assert str(stop.value).endswith(
-        "To go on: --resume 'runs/two words-0', then --resume 'runs/two words-1'")
+        "To go on: python train_trace.py --resume 'runs/two words-0', then "
+        "python train_trace.py --resume 'runs/two words-1'")
     assert train_trace.parse(["--resume", "runs/two words-1"]).seeds == "1"
 
 

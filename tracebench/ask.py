@@ -18,6 +18,11 @@ SURE = 0.5  # confidence from which on a prompt is given to its task
 def ask(args):
     """Answer one prompt: infer its task, or leave it to the base when it is far from all tasks."""
     file, prompt = args.ask
+    if not Path(file).is_file():
+        raise ValueError(f"--ask: got {file}, expected the file of a run, such as "
+                         "runs/default/mose.pt")
+    if not prompt:
+        raise ValueError("--ask: the prompt is empty")
     notes = notes_of(Path(file).parent)
     with open(file, "rb") as adapter_file:
         begin = adapter_file.read(len(FORMAT))

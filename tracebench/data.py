@@ -34,21 +34,29 @@ def fetch(base, task, split):
     try:
         with urllib.request.urlopen(where, timeout=60) if url else open(where, "rb") as file:
             return where, file.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{where}: can't be read ({error}): expected a file of this name for each "
-                         "of --tasks" + url * "; if the address can't be reached, download the data "
-                         "and give its folder as --data") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address
+        advice = "expected a file of this name for each of --tasks"
+        if split == "eval":
+            advice += ", since --split eval asks for it"
+        if url:
+            advice += ("; if the address can't be reached, download the data and give its folder as "
+                       "--data")
+        raise ValueError(f"{where}: can't be read ({error}): {advice}") from error
 
 
 def rows_of(where, content):
     """The content of a file as a Dataset. Raises ValueError with the file and the row."""
+    form = 'a list of {"prompt": text, "answer": text}'
     try:
         rows = json.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{where}: can't be read as JSON ({error})") from error
-    form = 'a list of {"prompt": text, "answer": text}'
-    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{where}: can't be read as JSON ({error}): expected {form}. (A file with a "
+                         "row of JSON in each line needs commas between them, and [ ] around all)"
+                         ) from error
+    if not isinstance(rows, list):
         raise ValueError(f"{where}: got {type(rows).__name__} {str(rows)[:60]!r}, expected {form}")
+    if not rows:
+        raise ValueError(f"{where}: got an empty list, expected {form}")
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: row {i} is {str(row)[:60]!r}, expected {form}")
@@ -95,7 +103,8 @@ def encode(tokenizer, row):
     """(ids of the prompt with BOS, ids of the answer with EOS).
 
     Each is tokenised on its own: joined, "Stance:" and "C" may merge into tokens that the prompt
-    alone does not end with. The BOS is there even if the tokenizer itself would add none.
+    alone does not end with. The BOS is there even if the tokenizer itself would add none, so that
+    the first token of a prompt is never the first that a model sees: many models read that one badly.
     """
     prompt, answer = (tokenizer(row[key], add_special_tokens=False)["input_ids"]
                       for key in ("prompt", "answer"))
@@ -179,6 +188,10 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     if too_long and metric != "first_letter":
         print(f"warning: {name}: {too_long} of {len(test)} test answers are longer than the longest "
               f"answer in train ({longest} tokens), where generating stops")
+    is_cut = sum(len(prompt) > limit for prompt, _ in [*encoded, *encoded_test])
+    if is_cut:
+        print(f"{name}: {is_cut} of {len(train) + len(test)} prompts have more than {limit} tokens: "
+              "the model reads the last ones (--max_prompt, or all that it has positions for)")
     return Task(
         name=name, metric=metric, epochs=epochs, train=examples,
         train_prompt_ids=[prompt for prompt, _ in encoded],
@@ -197,6 +210,10 @@ def writable_golds(tokenizer, name, test, answers):
     score 100 against a text that no tokens give.
     """
     golds = [to_text(tokenizer, ids) for ids in answers]
+    if "" in golds:
+        raise ValueError(f"{name}: the answer {test[golds.index('')]['answer']!r} of a test example "
+                         "is no text for the tokenizer, so nothing could be right: change or remove "
+                         "it")
     changed = sum(gold != row["answer"] for gold, row in zip(golds, test))
     if changed:
         print(f"warning: {name}: {changed} of {len(test)} right answers come back from the "
@@ -209,13 +226,27 @@ def listed(text):
     return [part.strip() for part in text.split(",")]
 
 
-def metrics_of(text):
-    """{task: metric} of TRACE's tasks, and of those that --metric names."""
-    metrics = dict(METRICS)
+def metrics_of(text, names):
+    """{task: metric} of tasks of these names. text: --metric, for those that are not TRACE's.
+
+    Raises ValueError if it does not say the metric of each of them, and of no others.
+    """
+    own = [name for name in names if name not in METRICS]
+    given = {}
     for pair in listed(text) if text else []:
-        name, _, metric = pair.rpartition("=")
-        metrics[name.strip()] = metric.strip()
-    return metrics
+        name, _, metric = (part.strip() for part in pair.rpartition("="))
+        if name not in own or name in given:
+            raise ValueError(f"--metric: got {pair!r}, expected TASK=METRIC, once for each of --tasks "
+                             f"that is not TRACE's: {', '.join(own) or 'there is none'}")
+        if metric not in SCORES:
+            raise ValueError(f"--metric: got {pair!r}, expected one of {', '.join(SCORES)}")
+        given[name] = metric
+    missing = [name for name in own if name not in given]
+    if missing:
+        raise ValueError(f"--tasks: TRACE has no {', '.join(map(repr, missing))}, only "
+                         f"{', '.join(TASKS)}. Correct the name, or give its metric, --metric "
+                         f"TASK=METRIC with one of {', '.join(SCORES)}")
+    return METRICS | given
 
 
 def epochs_of(text, names):
@@ -226,8 +257,9 @@ def epochs_of(text, names):
         epochs = [int(part) if part.isdecimal() else 0 for part in listed(text)]
         epochs = epochs * len(names) if len(epochs) == 1 else epochs
     if len(epochs) != len(names) or 0 in epochs:
-        raise ValueError(f"--epochs {text}: expected a number from 1 on, {len(names)} such "
-                         f"numbers, or one of {', '.join(SCHEDULES)} with TRACE's own tasks")
+        raise ValueError(f"--epochs {text}: expected a number from 1 on, or one for each of "
+                         f"{', '.join(names)}, or, if all of these are TRACE's, one of "
+                         f"{', '.join(SCHEDULES)}")
     return epochs
 
 
@@ -239,17 +271,8 @@ def positions_of(model):
 
 def load_tasks(args, tokenizer, model):
     """All tasks of a run. Raises ValueError for what is wrong with the data or its options."""
-    names, metrics = listed(args.tasks), metrics_of(args.metric)
-    unknown = {*metrics} - {*METRICS, *names}
-    wrong = [name for name in names if metrics.get(name) not in SCORES]
-    if unknown:
-        raise ValueError(f"--metric: got {args.metric!r}, expected TASK=METRIC,.. with tasks of "
-                         f"--tasks, which are {', '.join(names)}")
-    if wrong:
-        got = ", ".join(f"{name} has {metrics.get(name, 'none')}" for name in wrong)
-        raise ValueError(f"--tasks: of these, TRACE has only {', '.join(TASKS)}, and each other one "
-                         f"needs a metric: {got}. Correct its name, or add --metric TASK=METRIC with "
-                         f"one of {', '.join(SCORES)}")
+    names = listed(args.tasks)
+    metrics = metrics_of(args.metric, names)
     if len({*names}) < len(names):
         raise ValueError(f"--tasks {args.tasks}: expected each once")
     positions = positions_of(model)

@@ -37,11 +37,18 @@ def choose_device(args):
 def load_model(args):
     """The base and its tokenizer, with the ids that some of them lack."""
     device, dtype = choose_device(args)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    # (shards() also sets processes.SHARDED.)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=dtype, device_map=args.device_map or None,
-        **(processes.shards() if args.shard else {}))
+    options = {"dtype": dtype, "device_map": args.device_map or None}
+    if args.shard:  # (shards() also sets processes.SHARDED.)
+        options |= processes.shards()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a missing file, a damaged one, or a missing package
+        raise ValueError(f"--model {args.model}: can't be loaded. Expected the name of a causal "
+                         "language model on the hub, or a folder with its config.json, its "
+                         f"tokenizer and its weights. {type(error).__name__}: {error}") from error
     model = model if args.device_map or processes.SHARDED else model.to(device)
     if model.device.type != device and processes.SHARDED:
         raise ValueError(f"--shard puts the base on {model.device.type}, and --device is {device}: "
@@ -83,19 +90,19 @@ def answer_logits(model, tokenizer, examples):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, task, numbers, args):
-    """Greedy answers {number: text} to the test prompts of these numbers, from the prompts alone.
+def generate(model, tokenizer, task, indices, args):
+    """Greedy answers {index: text} to the test prompts of these indices, from the prompts alone.
     Every process gets all answers."""
-    prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in numbers}
+    prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in indices}
 
     def in_passes(some):
         limit = TOKENS_FACTOR_OF_DECODING * args.tokens
         return passes(some, limit, lambda i: len(prompts[i]) + task.max_new)
 
     texts = {}
-    for some in processes.own_passes(numbers, in_passes, idle=[]):
+    for some in processes.own_passes(indices, in_passes, idle=[]):
         # The prompts are padded on the left, so that every answer begins at the same position.
-        rows = [prompts[i] for i in some] or [ids for ids, _ in IDLE]  # an idle pass has no numbers
+        rows = [prompts[i] for i in some] or [ids for ids, _ in IDLE]  # an idle pass has no prompts
         ids, mask = pad(rows, tokenizer.pad_token_id, "left")
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
                              max_new_tokens=task.max_new, synced_gpus=processes.SHARDED)

@@ -11,13 +11,14 @@ from mose import MoSEConfig
 from tracebench import processes
 from tracebench.data import listed
 from tracebench.methods import KINDS, METHODS, OURS
+from tracebench.model import TOKENS_FACTOR_OF_DECODING, TOKENS_FACTOR_WITHOUT_GRADIENTS
 from tracebench.runs import notes_of
 from tracebench.scores import SCORES, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A preset is a set of other defaults. The data of this one is a public copy of TRACE-0.5K. It
-# belongs to zjwang21 and is not part of this project.
+# A preset is a set of other defaults. The data of `gpu` is a public copy of TRACE-0.5K. It belongs
+# to zjwang21 and is not part of this project.
 PRESETS = {"": {}, "gpu": {
     "name": "gpu", "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "epochs": "trace", "test": "ends",
     "lora_lr": 3e-3, "tokens": 16384, "dtype": "bfloat16",
@@ -49,11 +50,11 @@ class Args:
                          "own, or short (2,1,3,2,1,2,2,3)")
     lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 0.22 / root of the base's width)")
     lora_lr: float = option(5e-3, "learning rate of all other methods")
-    schedule: str = option("cosine", "how the learning rate falls", ("cosine", "constant"))
     batch: int = option(16, "examples of one step")
     tokens: int = option(1536, "tokens of one training pass at most, with padding: a larger batch "
-                         "takes several passes, whose gradients add up (passes of probes may have 4 "
-                         "times as many, and those of decoding 8 times)")
+                         "takes several passes, whose gradients add up (passes of probes may have "
+                         f"{TOKENS_FACTOR_WITHOUT_GRADIENTS} times as many, and those of decoding "
+                         f"{TOKENS_FACTOR_OF_DECODING} times)")
     max_prompt: int = option(1024, "of a longer prompt, only so many tokens are read, the last ones")
     max_train: int = option(0, "train on a random sample of so many examples a task (0: all); "
                             "keys see all prompts")
@@ -63,19 +64,19 @@ class Args:
     split: str = option("test", "what is scored: test, or eval to choose settings", ("test", "eval"))
     targets: str = option("q_proj,v_proj", "linear layers that get experts")
     experts: int = option(MoSEConfig.num_experts, "experts of mose and moe_lora")
-    rank: int = option(MoSEConfig.rank, "rank of each expert of mose")
-    top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to")
-    router_std: float = option(MoSEConfig.router_std, "spread of new routers")
-    density: float = option(MoSEConfig.density, "share of the free entries that a task takes")
+    rank: int = option(MoSEConfig.rank, "rank of each expert of mose and mose_fixed")
+    top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to, of mose and moe_lora")
+    router_std: float = option(MoSEConfig.router_std, "spread of new routers, of mose and moe_lora")
+    density: float = option(MoSEConfig.density, "share of the free entries that a task of mose takes")
     fixed_A: bool = option(MoSEConfig.fixed_A, "the matrices A of mose and mose_fixed are random and "
                            "fixed: only B is learned")
-    scale: float = option(MoSEConfig.scale, "factor of the experts' sum")
+    scale: float = option(MoSEConfig.scale, "factor of the experts' sum, of mose and mose_fixed")
     round_to_bf16: bool = option(MoSEConfig.round_to_bf16, "round what a task of mose or mose_fixed "
                                  "has learned, for a smaller file")
     lora_rank: int = option(8, "rank of a LoRA; the experts of moe_lora share it")
     lora_scale: float = option(4.0, "scale of a LoRA and of moe_lora, alpha / rank")
-    replay: float = option(0.05, "share of each earlier task's examples, drawn from all of "
-                           "them and mixed into a task")
+    replay: float = option(0.05, "share of the examples of each earlier task that replay mixes into "
+                           "a task")
     resume: str = option("", "go on with an interrupted run: its folder, and no other option but "
                          "--tokens and --checkpointing")
     device: str = option("auto", "where it runs", ("auto", "cuda", "mps", "cpu"))
@@ -114,10 +115,10 @@ def parse(argv=None):
     args = Args(**vars(parser.parse_args(argv)))
     try:
         if args.resume:
-            parser.set_defaults(**{name: None for name in OF_MEMORY})
-            given = vars(parser.parse_args(argv))
-            return interrupted(args, {name: given[name] for name in OF_MEMORY
-                                      if given[name] is not None})
+            # Without defaults, only what was typed has a value.
+            parser.set_defaults(**dict.fromkeys(vars(args)))
+            typed = vars(parser.parse_args(argv))
+            return interrupted({name: value for name, value in typed.items() if value is not None})
         check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -155,6 +156,8 @@ def check(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu (or "
                          "resume on a machine with a GPU)")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device: got mps, but torch sees no GPU of Apple: leave it out")
     if not 0 < args.lora_scale < math.inf:
         raise ValueError(f"--lora_scale: got {args.lora_scale}, expected a scale above 0")
     if not 0 < args.router_std < math.inf:
@@ -164,7 +167,7 @@ def check(args):
     if args.shard and args.device_map:
         raise ValueError("--shard and --device_map: expected one of them, since --shard spreads each "
                          "layer over all processes, and --device_map whole layers over one's GPUs")
-    if args.device_map and args.device != "auto" and not args.resume:
+    if args.device_map and args.device != "auto":
         raise ValueError("--device_map chooses the devices itself: leave --device out")
     if args.device_map and processes.WORLD > 1:
         raise ValueError("--device_map spreads a base over the GPUs of one process, and torchrun has "
@@ -187,12 +190,14 @@ def warn_of_unread(args):
                 print(f"warning: --{name} has no effect here: only {', '.join(methods)} read it")
 
 
-def interrupted(args, changed):
-    """The Args that are noted for the run of --resume, but for those that are `changed`, a dict.
-    Raises ValueError if it can't go on."""
-    file = Path(args.resume) / "args.json"
-    allowed = Args(**PRESETS[args.preset] | {"resume": args.resume} | changed)
-    others = [name for name, value in vars(allowed).items() if getattr(args, name) != value]
+def interrupted(typed):
+    """The Args that are noted for the run of --resume, with those of `typed` that may change.
+
+    typed: {option: value} of what stands on the command line. Raises ValueError if the run can't go
+    on.
+    """
+    file = Path(typed["resume"]) / "args.json"
+    others = [name for name in typed if name not in ("resume", *OF_MEMORY)]
     if others:
         raise ValueError("--resume: the run goes on with the options that it began with, and only "
                          "--tokens and --checkpointing may be others: leave out --"
@@ -204,10 +209,10 @@ def interrupted(args, changed):
     began = notes_of(file.parent).get("options", {})
     if not began:
         raise ValueError(f"--resume: {file} is damaged, or not of train_trace.py: start again")
-    other = sorted(began.keys() ^ vars(args).keys())
+    other = sorted(began.keys() ^ {field.name for field in dataclasses.fields(Args)})
     if other:
         raise ValueError(f"--resume: {file} was written by another version of train_trace.py, which "
                          f"has other options: {', '.join(other)}. Resume with that one, or start again")
-    began = Args(**began | {"resume": args.resume} | changed)
+    began = Args(**began | typed)
     check(began)
     return began

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------ folders
 
-# That a run makes, or leaves half written when it is killed.
+# Files that a run makes, or leaves half written when it is killed.
 KINDS_OF_FILES = ("*.json", "*.pt", "*.png", "table.md", "page.html", "*.tmp")
 
 
@@ -67,7 +67,10 @@ def claim(folder, go_on=False, force=False):
     go_on: the run of that folder will go on, so its files may be there. Raises ValueError if the
     folder is not free.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{folder} is a file, expected a folder: choose another --name") from error
     lock = open(folder / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock
@@ -204,7 +207,16 @@ class Record:
         self.result = {key: [] for key in lists} | {
             "parameters": 0, "tokens": 0, "seconds_training": 0.0, "seconds_testing": 0.0}
         if self.state.exists():  # `start_anew` has removed it, unless this run goes on
-            self.result = json.loads(self.state.read_text())
+            self.result = self.result_so_far()
+
+    def result_so_far(self):
+        """What an interrupted run has noted. Raises ValueError if its file is damaged."""
+        try:
+            return json.loads(self.state.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{self.state} is damaged ({error}): delete it, and all {self.method}-*.pt there, to "
+                f"learn all tasks of {self.method} again") from error
 
     def num_done(self):
         """The number of lessons that are learned and tested."""
