@@ -143,10 +143,10 @@ class StraightThrough(torch.autograd.Function):
     are (N,).
 
     In effect, the forward pass multiplies the values by the mask `reads`. No gradient flows through
-    the choice of a mask. So a score gets the gradient that a factor in the place of `reads` would
-    have: grad * value, whether the entry is read or not. This is the straight-through estimator,
-    by which the scores of all free entries learn, as in Winning SubNetworks. `score` is an argument
-    only to get this gradient.
+    the choice of a mask. So the score of a free entry gets the gradient that a factor in the place
+    of `reads` would have: grad * value, whether the entry is read or not. This is the
+    straight-through estimator, by which the scores of all free entries learn, as in Winning
+    SubNetworks. `score` is an argument only to get this gradient.
     """
 
     @staticmethod
@@ -200,6 +200,7 @@ class SubExperts(nn.Module):
     weight, score   (N,), Parameters
     router          (E, P), a Parameter
     inherited       (N,), bool, the entries of finished tasks that it reads
+    number          its number
     num_new         [in A, in B], how many entries it will own
     `begin` sets them anew. `is_open` tells whether there is an open task.
 
@@ -245,6 +246,7 @@ class SubExperts(nn.Module):
         self.register_buffer("frozen", zeros.clone(), persistent=False)
         self.register_buffer("owner", zeros.int(), persistent=False)
         self.register_buffer("inherited", zeros.bool(), persistent=False)
+        self.number = 0
         self.num_new = [0, 0]
         self.is_open = False
         self.routers = {}
@@ -265,6 +267,7 @@ class SubExperts(nn.Module):
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
         self.zero_grad()
+        self.number = lineage[0]
         # CHOICE: density is a share of the entries that are still free, in A and in B each. So
         # later tasks own fewer entries, and with a density below 1 some entries always stay free.
         for part, owner in enumerate(self.split(self.owner)):
@@ -320,7 +323,9 @@ class SubExperts(nn.Module):
         """The new entries of the open task (N,), a bool mask: the best of the free entries."""
         # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
         # ones. Here a task reads used entries of A anyway, and should read none of B (`read_by`).
-        free_score = self.score.masked_fill(self.owner > 0, -math.inf)
+        # (An interrupted `end_task` may have given it some of its entries already.)
+        of_others = (self.owner > 0) & (self.owner != self.number)
+        free_score = self.score.masked_fill(of_others, -math.inf)
         score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
         num_A, num_B = self.num_new
         return torch.cat([top_k_mask(score_A, num_A), top_k_mask(score_B, num_B)])
@@ -347,15 +352,15 @@ class SubExperts(nn.Module):
         return self.select(), self.router.detach().to("cpu", copy=True)
 
     @torch.no_grad()
-    def finish(self, number, selected, router):
-        """Freeze what the open task has learned, under its number.
+    def finish(self, selected, router):
+        """Freeze what the open task has learned.
 
         selected: its new entries, a bool mask (N,). Nothing here takes memory, so a lack of memory
         can't leave some layers done and others not.
         """
         torch.where(selected, self.weight, self.frozen, out=self.frozen)
-        self.owner.masked_fill_(selected, number)
-        self.routers[number] = router
+        self.owner.masked_fill_(selected, self.number)
+        self.routers[self.number] = router
         self.is_open = False
 
     def keep_only(self, lineages):
@@ -558,9 +563,12 @@ class MoSE:
         """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
         check_layers(self.model, self.layers)
         check_base_is_frozen(self.model, self.layers)
+        if self.open is None:
+            advice = "save() the finished tasks, detach(), remove the offload, load() them again"
+        else:
+            advice = "remove the offload, and go on"
         expect(not any(layer.weight.is_meta for layer in self.layers), "the experts are offloaded "
-               "with the base (meta device), so no task can be learned: save() the finished tasks, "
-               "detach(), remove the offload, and load() them again")
+               f"with the base (meta device), so no task can be learned: {advice}")
 
     def _check_open(self):
         """Raise ValueError unless a task is open and can learn."""
@@ -578,8 +586,9 @@ class MoSE:
     def end_task(self):
         """Freeze what the open task has learned, and return what `capacity()` says of it.
 
-        The task is in force afterwards, as a finished one. If this runs out of memory, or is
-        interrupted, while the task is open, call it again: it goes on where it stopped.
+        The task is in force afterwards, as a finished one. If this runs out of memory or is
+        interrupted, call it again. If it then says that no task is open, only the key may be
+        missing: observe(prompts, task=name).
         """
         self._check_open()
         # All Parameters are checked, also those that the caller has frozen in the meantime.
@@ -588,14 +597,13 @@ class MoSE:
                        "learn it again with a lower rate")
         name, lineage, sums = self.open, self.open_lineage, self.open_sums
         has_key = sums["count"] > 0
-        # Those that an interrupted call before this one has not finished; usually all.
-        layers = [layer for layer in self.layers if layer.is_open]
+        # All of this gives the same again if it was interrupted.
         if self.config.round_to_bf16:
-            for layer in layers:
+            for layer in self.layers:
                 layer.round_to_bf16()
-        learned = [layer.learned() for layer in layers]
-        for layer, (selected, router) in zip(layers, learned):
-            layer.finish(lineage[0], selected, router)
+        learned = [layer.learned() for layer in self.layers]
+        for layer, (selected, router) in zip(self.layers, learned):
+            layer.finish(selected, router)
         self.tasks[name] = lineage
         self._close()
         self.set_task(None)  # so the bare base is in force if anything below fails
@@ -620,8 +628,9 @@ class MoSE:
         beams and for several answers, so repeat its name as often, side by side: with two beams,
         ["FOMC", "FOMC", "Py150", "Py150"]. Keep the task until after backward(), since gradient
         checkpointing runs the forward pass once more. Only the open task learns: put it in force
-        again before you go on training. A target layer that is replaced later has no experts, which
-        only the next call here notices. Raises ValueError for a task that is not known.
+        again before you go on training. A target layer that is replaced later has no experts. This
+        is noticed when the next task is put in force, begun or ended. Raises ValueError for a task
+        that is not known.
         """
         expect(task is None or isinstance(task, (str, list)),
                f"task: got {task!r}, expected a name, None or a list of names")
@@ -763,7 +772,7 @@ class MoSE:
         # of the old ones would keep them in memory.
         self.trainable_before = [
             (module, key) for module in self.model.modules()
-            for key, p in module._parameters.items() if p is not None and p.requires_grad]
+            for key, p in module.named_parameters(recurse=False) if p.requires_grad]
         self.base = fingerprint(self.model)
         # `load` compares the tensors whose names both bases have. Each adapted layer, and the
         # embeddings, must have at least one tensor among them.
@@ -786,6 +795,7 @@ class MoSE:
             self.set_task(None)
         if name == self.open:
             number, *_ = self.open_lineage
+            self.tasks.pop(name, None)  # there if `end_task` was interrupted
         else:
             number, *_ = self.tasks.pop(name)
         self.keys.tasks.pop(name, None)
@@ -827,9 +837,11 @@ class MoSE:
             if getattr(module, "sub_experts", None) in self.layers:
                 del module.sub_experts
         for module, key in self.trainable_before:
-            parameter = module._parameters.get(key)
-            if parameter is not None and parameter.is_floating_point():
-                parameter.requires_grad_(True)
+            own = dict(module.named_parameters(recurse=False))
+            # Pruning or a parametrization gives it another name, in this module or below it.
+            for parameter in [own[key]] if key in own else module.parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
 
     # ---- what it costs, and how it is kept
 

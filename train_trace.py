@@ -57,8 +57,8 @@ from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, padded_batches
 from tracebench.methods import KINDS, attach, lessons, rate, tasks_to_test
 from tracebench.model import (
-    TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, load_model,
-    passes_of_this_process)
+    TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, is_out_of_memory,
+    load_model, passes_of_this_process)
 from tracebench.options import ROOT, parse
 from tracebench.runs import (
     Record, Tested, facts_of_run, locked_folders, note_inputs, start_anew, unfinished,
@@ -259,6 +259,10 @@ def main(args):
             write_report(runs)
 
 
+START = f"torchrun --nproc-per-node {processes.WORLD}" if processes.WORLD > 1 else "python"
+GO_ON = f"{START} train_trace.py --resume"
+
+
 def session(todo, runs, args):
     """Run what is left to do.
 
@@ -291,14 +295,6 @@ def session(todo, runs, args):
     except KeyboardInterrupt:
         ways = ", then ".join(f"{GO_ON} {folder}" for folder in folders)
         sys.exit(f"\ninterrupted: what was learned and tested is saved. To go on: {ways}")
-
-
-GO_ON = "python train_trace.py --resume"
-
-
-def is_out_of_memory(error):
-    """Whether a RuntimeError is one. (On a CPU it is no OutOfMemoryError.)"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def learn_and_test(todo, args, model, tokenizer, tasks):

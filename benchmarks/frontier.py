@@ -385,10 +385,11 @@ def in_bf16(results, rounded, size="bytes_bf16"):
 
 # {name of runs on tiny-llm: that of the same on SmolLM2, in results/smollm2.json}
 ON_SMOLLM2 = {
-    LORAS[1]: "task_lora r1 1e-2", LORAS[8]: "task_lora", "mose 0.003": "mose .003 1e-2",
-    "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2",
+    LORAS[1]: "task_lora r1 1e-2", LORAS[2]: "task_lora r2 1e-2", LORAS[8]: "task_lora",
+    "mose 0.001": "mose .001 1e-2", "mose 0.003": "mose .003 1e-2", "mose 0.005": "mose .005 1e-2",
+    "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2", "mose 0.03": "mose .03 1e-2",
     "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2",
-    "VeRA r256 1e-1": "VeRA r256 1e-1"}
+    "fixed A 0.02": "fixed A .02 2e-2", "VeRA r256 1e-1": "VeRA r256 1e-1"}
 
 
 def from_smollm2(runs):

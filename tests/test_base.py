@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from torch.nn.utils import parametrize, prune
 
 import mose as module
 from mose import MoSE, MoSEConfig, differences, plain
@@ -225,11 +226,30 @@ def test_an_offload_frees_the_memory_of_the_base_and_can_be_removed(guard, tmp_p
     fits(tmp_path / "m", mose.model, logits)
 
 
-def test_detach_finds_parameters_that_others_took_the_place_of():
+def test_a_task_that_was_offloaded_while_open_can_still_be_ended():
+    accelerate = pytest.importorskip("accelerate")
+    mose = learn(attach(), "a", end=False)
+    before = snapshot(mose, "a")
+    accelerate.cpu_offload(mose.model, execution_device="cpu")
+    refuses("no task can be learned: remove the offload, and go on", mose.end_task)
+    accelerate.hooks.remove_hook_from_submodules(mose.model)
+    mose.end_task()
+    assert torch.equal(snapshot(mose, "a"), before)
+
+
+@pytest.mark.parametrize("replace", [
+    lambda model: model.load_state_dict(model.state_dict(), assign=True),
+    lambda model: parametrize.register_parametrization(
+        model.lm_head, "weight", torch.nn.Identity()),
+    lambda model: prune.identity(model.lm_head, "weight")])
+def test_detach_finds_parameters_that_others_have_replaced_or_renamed(replace):
     mose = attach()
+    names = [name for name, _ in mose.model.named_parameters()]
     old = mose.model.lm_head.weight
-    mose.model.load_state_dict(mose.model.state_dict(), assign=True)
-    assert mose.model.lm_head.weight is not old and not mose.model.lm_head.weight.requires_grad
+    replace(mose.model)
+    new = mose.model.lm_head.weight
+    assert new is not old or [name for name, _ in mose.model.named_parameters()] != names
+    assert not any(p.requires_grad for p in mose.model.lm_head.parameters())
     mose.detach()
     assert all(p.requires_grad for p in mose.model.parameters())
 
@@ -242,8 +262,18 @@ def test_a_model_may_make_its_frequencies_later():
 
 def test_shapes_can_be_computed_on_the_meta_device():
     mose = learn(attach(), "a")
-    model = copy.deepcopy(mose).model.to("meta")
-    assert model(data("a").to("meta")).logits.shape == snapshot(mose, "a")[0].shape
+    there = copy.deepcopy(mose)
+    there.model.to("meta")
+    assert all(matrix.is_meta for layer in there.layers for _, two in layer.in_force
+               for matrix in two) and there.active == "a"
+    assert there.model(data("a").to("meta")).logits.shape == snapshot(mose, "a")[0].shape
+
+
+def test_a_target_that_is_called_by_name_is_refused():
+    mose = learn(attach(), "a")
+    linear = next(m for m in mose.model.modules() if hasattr(m, "sub_experts"))
+    with pytest.raises(ValueError, match=r"called as layer\(input=x\)"):
+        linear(input=torch.zeros(1, 2, linear.in_features))
 
 
 def test_a_base_whose_weights_are_dtensors(tmp_path):

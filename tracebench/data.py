@@ -34,7 +34,7 @@ def fetch(base, task, split):
     try:
         with urllib.request.urlopen(where, timeout=60) if url else open(where, "rb") as file:
             return where, file.read()
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address
+    except (OSError, http.client.HTTPException, ValueError) as error:  # (a URL that is none)
         advice = "expected a file of this name for each of --tasks"
         if split == "eval":
             advice += ", since --split eval asks for it"
@@ -103,8 +103,8 @@ def encode(tokenizer, row):
     """(ids of the prompt with BOS, ids of the answer with EOS).
 
     Each is tokenised on its own: joined, "Stance:" and "C" may merge into tokens that the prompt
-    alone does not end with. The BOS is there even if the tokenizer itself would add none, so that
-    the first token of a prompt is never the first that a model sees: many models read that one badly.
+    alone does not end with. If the tokenizer has a BOS, it is added even where the tokenizer itself
+    would add none: many models read the first token badly, and it should not be one of the prompt.
     """
     prompt, answer = (tokenizer(row[key], add_special_tokens=False)["input_ids"]
                       for key in ("prompt", "answer"))
@@ -178,7 +178,8 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
                          f"tokens, which leaves no room for its prompt in the {positions} positions "
                          "of the model: shorten that answer, or remove the row")
     examples = []
-    for prompt, answer in sample(encoded, max_train, f"{name}, --max_train"):
+    chosen = sample(encoded, max_train, f"{name}, --max_train")
+    for prompt, answer in chosen:
         prompt = cut(prompt, limit, tokenizer.bos_token_id)
         examples.append((prompt + answer, [-100] * len(prompt) + answer))
     # first_letter reads one character, which has 4 bytes at the most, so no more tokens.
@@ -188,10 +189,11 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     if too_long and metric != "first_letter":
         print(f"warning: {name}: {too_long} of {len(test)} test answers are longer than the longest "
               f"answer in train ({longest} tokens), where generating stops")
-    is_cut = sum(len(prompt) > limit for prompt, _ in [*encoded, *encoded_test])
-    if is_cut:
-        print(f"{name}: {is_cut} of {len(train) + len(test)} prompts have more than {limit} tokens: "
-              "the model reads the last ones (--max_prompt, or all that it has positions for)")
+    prompts = [prompt for prompt, _ in [*chosen, *encoded_test]]
+    num_cut = sum(len(prompt) > limit for prompt in prompts)
+    if num_cut:
+        print(f"{name}: {num_cut} of {len(prompts)} prompts have more than {limit} tokens, of which the "
+              "model reads the last ones (--max_prompt, or all that it has positions for)")
     return Task(
         name=name, metric=metric, epochs=epochs, train=examples,
         train_prompt_ids=[prompt for prompt, _ in encoded],
@@ -212,8 +214,7 @@ def writable_golds(tokenizer, name, test, answers):
     golds = [to_text(tokenizer, ids) for ids in answers]
     if "" in golds:
         raise ValueError(f"{name}: the answer {test[golds.index('')]['answer']!r} of a test example "
-                         "is no text for the tokenizer, so nothing could be right: change or remove "
-                         "it")
+                         "comes back from the tokenizer as an empty text: change or remove it")
     changed = sum(gold != row["answer"] for gold, row in zip(golds, test))
     if changed:
         print(f"warning: {name}: {changed} of {len(test)} right answers come back from the "
@@ -227,9 +228,10 @@ def listed(text):
 
 
 def metrics_of(text, names):
-    """{task: metric} of tasks of these names. text: --metric, for those that are not TRACE's.
+    """{task: metric} of the tasks of these names.
 
-    Raises ValueError if it does not say the metric of each of them, and of no others.
+    text: --metric. Raises ValueError if it does not say the metric of each task that is not TRACE's,
+    and of no others.
     """
     own = [name for name in names if name not in METRICS]
     given = {}
@@ -246,7 +248,7 @@ def metrics_of(text, names):
         raise ValueError(f"--tasks: TRACE has no {', '.join(map(repr, missing))}, only "
                          f"{', '.join(TASKS)}. Correct the name, or give its metric, --metric "
                          f"TASK=METRIC with one of {', '.join(SCORES)}")
-    return METRICS | given
+    return {name: given.get(name) or METRICS[name] for name in names}
 
 
 def epochs_of(text, names):

@@ -1,5 +1,6 @@
 """The base model: loading it, the logits of answers, and greedy decoding."""
 
+import safetensors
 import torch
 import transformers
 
@@ -34,6 +35,13 @@ def choose_device(args):
     return device, torch.bfloat16 if fast else torch.float32
 
 
+def is_out_of_memory(error):
+    """Whether a RuntimeError is one. (On a CPU, and on Apple's GPUs, it is no OutOfMemoryError.)"""
+    says = str(error)
+    return (isinstance(error, torch.OutOfMemoryError) or "out of memory" in says
+            or "can't allocate memory" in says)
+
+
 def load_model(args):
     """The base and its tokenizer, with the ids that some of them lack."""
     device, dtype = choose_device(args)
@@ -43,9 +51,7 @@ def load_model(args):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a missing file, a damaged one, or a missing package
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as error:
         raise ValueError(f"--model {args.model}: can't be loaded. Expected the name of a causal "
                          "language model on the hub, or a folder with its config.json, its "
                          f"tokenizer and its weights. {type(error).__name__}: {error}") from error

@@ -63,11 +63,14 @@ class Args:
                        "seen task after each task", ("all", "ends"))
     split: str = option("test", "what is scored: test, or eval to choose settings", ("test", "eval"))
     targets: str = option("q_proj,v_proj", "linear layers that get experts")
-    experts: int = option(MoSEConfig.num_experts, "experts of mose and moe_lora")
+    experts: int = option(MoSEConfig.num_experts, "experts of mose, mose_fixed and moe_lora")
     rank: int = option(MoSEConfig.rank, "rank of each expert of mose and mose_fixed")
-    top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to, of mose and moe_lora")
-    router_std: float = option(MoSEConfig.router_std, "spread of new routers, of mose and moe_lora")
-    density: float = option(MoSEConfig.density, "share of the free entries that a task of mose takes")
+    top_k: int = option(MoSEConfig.top_k, "experts that a token is sent to, of mose, "
+                        "mose_fixed and moe_lora")
+    router_std: float = option(MoSEConfig.router_std, "spread of new routers, of mose, mose_fixed "
+                               "and moe_lora")
+    density: float = option(MoSEConfig.density, "share of the free entries that a task of mose "
+                            "or mose_fixed takes")
     fixed_A: bool = option(MoSEConfig.fixed_A, "the matrices A of mose and mose_fixed are random and "
                            "fixed: only B is learned")
     scale: float = option(MoSEConfig.scale, "factor of the experts' sum, of mose and mose_fixed")
