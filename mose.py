@@ -88,8 +88,8 @@ class MoSEConfig:
     Raises ValueError for a value outside its range.
     """
 
-    # CHOICE: the paper's own values are not known to us. These follow from our own searches. (For
-    # the density they preferred 0.02 and 0.03. The default is lower, to save bytes.)
+    # CHOICE: the paper's own values are not known to us. Of these, we searched scale and density.
+    # (For the density, the search preferred 0.02 and 0.03. The default is lower, to save bytes.)
     targets: tuple = ("q_proj", "v_proj")  # names of linear layers, or ends of their dotted paths
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert

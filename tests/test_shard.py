@@ -108,7 +108,7 @@ def by_recipe(folder):
     os.chdir(folder)
     torch.manual_seed(processes.RANK)  # processes may draw other numbers: the task is the same
     names = {"torch": torch, "transformers": transformers, "MoSE": MoSE, "base": TINY,
-             "prompts": data(), "batches": [data()] * 3}
+             "prompts": data(), "batches": [(data(), data())] * 3}
     exec(recipe(0), names)
     mose, world = names["mose"], processes.WORLD
     notes = {"pool": pool(mose), "logits": logits(mose, "FOMC"),
