@@ -5,6 +5,7 @@ Needs `pip install accelerate`, as transformers.Trainer does.
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,28 @@ def test_a_task_goes_on_in_a_new_process_as_if_it_had_never_stopped(guard, tmp_p
     train(again, "C-STANCE", tmp_path, guard, resume=str(tmp_path / "C-STANCE/checkpoint-2"))
     ends = [snapshot(one, "FOMC", "C-STANCE") for one in (mose, again)]
     assert [torch.equal(*pair) for pair in zip(*ends)] == [True, guard]
+
+
+def test_the_recipe_of_the_page_learns_all_tasks_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    page = (ROOT / "docs/works-with.md").read_text(encoding="utf-8")
+    recipe = page.split("**Trainer.**")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    tasks = {name: (rows(name, "train"), rows(name, "eval")) for name in ("FOMC", "C-STANCE")}
+    names = {
+        "os": os, "transformers": transformers, "MoSE": MoSE,
+        "collate": transformers.DataCollatorForSeq2Seq(TOKENIZER),
+        "prompts": {name: data(name) for name in tasks},
+        "options": {"max_steps": 4, "eval_strategy": "steps", "save_strategy": "steps",
+                    "eval_steps": 2, "save_steps": 2, "use_cpu": True, "disable_tqdm": True,
+                    "report_to": "none"}}
+    ends = []
+    for some in (["FOMC"], [*tasks]):  # the second time, one task is there already
+        own = names | {"model": base(), "tasks": {name: tasks[name] for name in some}}
+        exec(recipe, own)
+        assert [*own["mose"].tasks] == some
+        ends.append(snapshot(own["mose"], "FOMC"))
+    assert torch.equal(*ends)
+    assert not torch.equal(snapshot(own["mose"], "C-STANCE"), ends[0])  # control
 
 
 def test_evaluation_in_bf16_rounds_the_base_and_not_the_pool(guard, monkeypatch, tmp_path):
