@@ -45,7 +45,7 @@ It was made in eleven steps, and the rule of each was written before it ran:
 11. Four more rows of `long`, with three seeds each. Nothing is chosen by them: they show more sizes,
     and how much of a difference is chance. They are rank 2 (step 8), the densities 0.001 and 0.03
     with 1e-2, and `mose again`: the default density with 1e-2, other draws and another order of the
-    data.
+    data. (So far, 0.001 ran with two seeds, rank 2 with one, and 0.03 with none.)
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. (The runs of MoSEs and `tested once` in `whole` had both
