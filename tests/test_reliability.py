@@ -519,7 +519,7 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
         Args(ask=[str(p), "x"]))),
     "a folder without a model": ("--model .*: can't be loaded", lambda m, b, p: (
         train_trace.load_model(Args(model=str(p), device="cpu")))),
-    "an answer of special tokens": ("is no text for the tokenizer", lambda m, b, p: from_text(
+    "an answer of special tokens": ("comes back .* as an empty text", lambda m, b, p: from_text(
         rows(("p", "a"), ("q", b[1].eos_token)), b, p)),
     "no eval.json": ("since --split eval asks for it", lambda m, b, p: from_text(
         rows(("p", "a")), b, p, split="eval")),
