@@ -57,9 +57,9 @@ source, and a prompt its task, is wholly ours.
 DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds. In
 these, each weight of a network has a learned score, and the mask of a task selects the best ones.
 
-To learn the method, read down to the line in the middle of the class MoSE that says so. What comes
-after it is forgetting, saving and checks, with one exception: how a prompt finds its task is in
-TaskKeys.
+To learn the method, read down to the line in the middle of the class MoSE that says so, without the
+end of the class SubExperts, which is marked. What comes after that line is forgetting, saving and
+checks, with one exception: how a prompt finds its task is in TaskKeys.
 """
 
 import contextlib
@@ -206,13 +206,14 @@ class SubExperts(nn.Module):
 
     The finished tasks:
     frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
-    owner           (N,), number of the task that an entry belongs to; 0 if it is free
+    owner           (N,), number of the task that learned the entry; 0 if it is free. When this task
+                    is forgotten, entries that others read keep the number.
     routers         {number: router (E, P)}, on the CPU, since only a task in force needs its router
 
     The task in force is what the forward pass applies. Each row of a batch may have its own:
-    in_force        [(rows, matrices)] of the tasks in force: the rows of the batch that have the
-                    task (None: all rows), and its two matrices, as `matrices` makes them. They are
-                    None for the open task, whose matrices change with each step.
+    in_force        [(rows, matrices)], a pair for each task in force. `rows` are its rows of the
+                    batch, or None for all rows. `matrices` is what the method of this name returns
+                    for the task, or None for the open task, since its matrices change at each step.
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
 
     handle          of the forward hook, by which it is found again
@@ -240,7 +241,7 @@ class SubExperts(nn.Module):
         # would undo finished tasks. The others need not be kept, since they are made anew.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
         if config.fixed_A:
-            # It has the variance of an A that is learned, as `begin` draws it.
+            # It has the variance that a learned A has at first: uniform in +-1/sqrt(D), in `begin`.
             fixed_A = fixed_signs(D, width) / math.sqrt(3 * D)
             self.register_buffer("fixed_A", fixed_A.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
@@ -253,6 +254,11 @@ class SubExperts(nn.Module):
         self.in_force = []
         self.num_rows = None
         self.handle = None  # until `MoSE` attaches it
+
+    def split(self, pool):
+        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it. (fixed_A: A has no rows.)"""
+        A, B = pool[:self.size_A], pool[self.size_A:]
+        return A.view(self.shape_A), B.view(self.shape_B)
 
     # ---- the life of a task
 
@@ -276,9 +282,9 @@ class SubExperts(nn.Module):
         self.inherited.copy_(self.read_by(lineage))
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # After that, gradients decide which entries a task takes, and not the random start. A step
-        # of Adam moves a score by about the learning rate. In the example at the top of this file
-        # the rate is 0.019 if hidden_size is 128, which is 5 * SCORE_SPREAD, and 0.004 if it is
-        # 3000, which is 1 * SCORE_SPREAD.
+        # of Adam moves a score by about the learning rate. With the rate at the top of this file,
+        # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (The
+        # first step moves no score: B is 0, so its values and the gradients of A are 0.)
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -306,13 +312,12 @@ class SubExperts(nn.Module):
         used when its root began. The root is the last number of the lineage: the task that started
         as the bare base. Entries that were used then belong to tasks with smaller numbers.
 
-        For a finished task, this is `reads` of equation (3). An open task owns nothing yet, so
-        `open_matrices` adds what it would select now.
+        For a finished task, this is `reads` of equation (3).
         """
         # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
         # that, and its B gets more input. It does not read the used entries of B, which would add
-        # the outputs of all earlier tasks to its own. (A task with a source reads what its source
-        # reads, and no more, so that it starts as an exact copy.)
+        # the outputs of all earlier tasks to its own. (A task with a source starts as an exact
+        # copy of it, so it reads no more than the source does.)
         root = lineage[-1]
         mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
         owner_A = self.owner[:self.size_A]
@@ -347,36 +352,20 @@ class SubExperts(nn.Module):
         self.weight.copy_(self.weight.bfloat16())
         self.router.copy_(self.router.bfloat16())
 
-    def learned(self):
-        """What the open task has learned: its new entries, a bool mask (N,), and its router."""
-        return self.select(), self.router.detach().to("cpu", copy=True)
-
     @torch.no_grad()
     def finish(self, selected, router):
         """Freeze what the open task has learned.
 
-        selected: its new entries, a bool mask (N,). Nothing here takes memory, so a lack of memory
-        can't leave some layers done and others not.
+        selected: its new entries, a bool mask (N,). router: (E, P), on the CPU. Both are made
+        before, in all layers. Nothing here takes memory, so a lack of it can't leave some layers
+        done and others not.
         """
         torch.where(selected, self.weight, self.frozen, out=self.frozen)
         self.owner.masked_fill_(selected, self.number)
         self.routers[self.number] = router
         self.is_open = False
 
-    def keep_only(self, lineages):
-        """Keep what tasks with these lineages read, and free all other entries."""
-        read = torch.zeros_like(self.owner, dtype=torch.bool)  # (N,)
-        for lineage in lineages:
-            read |= self.read_by(lineage)
-        self.owner.masked_fill_(~read, 0)
-        self.frozen.masked_fill_(~read, 0.0)  # so it holds nothing of a forgotten task
-
     # ---- the life of a token
-
-    def split(self, pool):
-        """A pool (N,) as A (D, E*R) and B (E*R, O), both views of it. (fixed_A: A has no rows.)"""
-        A, B = pool[:self.size_A], pool[self.size_A:]
-        return A.view(self.shape_A), B.view(self.shape_B)
 
     def matrices(self, pool, router):
         """The two matrices by which a token is multiplied.
@@ -388,14 +377,14 @@ class SubExperts(nn.Module):
         A, B = self.split(pool)
         if self.config.fixed_A:
             A = self.fixed_A
-        with autocast_off(pool.device):
+        with autocast_off(pool.device):  # in fp32, for the reason that `delta` gives
             to_logits = self.projection @ router.T  # (D, E)
         return torch.cat([A, to_logits], dim=1), self.config.scale * B
 
     def open_matrices(self):
         """The matrices of the open task. They change with each step of its optimizer."""
         with torch.no_grad():
-            # It owns nothing yet: its own entries are those that it would select now.
+            # It owns nothing before `end_task`: its own entries are those that it would select now.
             reads = self.inherited | self.select()
             used = self.owner > 0
         pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, reads)
@@ -439,7 +428,15 @@ class SubExperts(nn.Module):
                 out = out.index_add(0, rows, self.delta(x[rows], matrices).to(out.dtype))
         return out
 
-    # ---- casts and state_dict()
+    # ---- not the method, which goes on in the class MoSE: forgetting, casts and state_dict()
+
+    def keep_only(self, lineages):
+        """Keep what tasks with these lineages read, and free all other entries."""
+        read = torch.zeros_like(self.owner, dtype=torch.bool)  # (N,)
+        for lineage in lineages:
+            read |= self.read_by(lineage)
+        self.owner.masked_fill_(~read, 0)
+        self.frozen.masked_fill_(~read, 0.0)  # so it holds nothing of a forgotten task
 
     def _apply(self, fn, recurse=True):
         # The experts follow their layer to another device, but not to another dtype: model.half()
@@ -488,7 +485,8 @@ class MoSE:
     active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
 
-    Several threads may run the model at the same time. But while a method of this object runs, no
+    All methods raise ValueError for what they can't do. Several threads may run the model at the
+    same time. But while a method of this object runs, no
     other thread may call one that changes the tasks.
     """
 
@@ -502,6 +500,8 @@ class MoSE:
         """
         self.model = model
         self.config = config or MoSEConfig()
+        expect(isinstance(self.config, MoSEConfig),
+               f"config: got {config!r}, expected a MoSEConfig")
         self.tasks = {}
         self._close()
         self.active = None
@@ -533,10 +533,10 @@ class MoSE:
         name = plain_str(name)
         expect(self.open is None, f"task {self.open!r} is open: end_task() or forget() it first")
         expect(name not in self.tasks, f"task {name!r} is finished: expected a new name")
-        expect(source is None or source in self.tasks,
+        expect(source in [None, *self.tasks],
                f"source: got {source!r}, expected None or one of {[*self.tasks]}")
         expect(0 <= need <= 1, f"need: got {need}, expected 0 .. 1")
-        self._check_can_learn()
+        self._check_ready()
         # All processes have to draw the same numbers.
         seed = same_on_all_ranks(int(torch.randint(2**62, (), device="cpu")))
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -546,7 +546,7 @@ class MoSE:
         # A task with a source may get no new entry: then its routers learn alone.
         expect(source is not None or any(layer.can_learn() for layer in self.layers),
                f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
-               "forget() a task, or attach with more rank or density")
+               "forget() a task, or attach with more rank, or another density")
         for layer in self.layers:
             layer.is_open = True
         self.last_number += 1
@@ -554,26 +554,6 @@ class MoSE:
         self.open_lineage = lineage
         self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
         self.set_task(name)
-
-    def _close(self):
-        """Leave no task open."""
-        self.open, self.open_lineage, self.open_sums = None, None, None
-
-    def _check_can_learn(self):
-        """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
-        check_layers(self.model, self.layers)
-        check_base_is_frozen(self.model, self.layers)
-        if self.open is None:
-            advice = "save() the finished tasks, detach(), remove the offload, load() them again"
-        else:
-            advice = "remove the offload, and go on"
-        expect(not any(layer.weight.is_meta for layer in self.layers), "the experts are offloaded "
-               f"with the base (meta device), so no task can be learned: {advice}")
-
-    def _check_open(self):
-        """Raise ValueError unless a task is open and can learn."""
-        expect(self.open is not None, "no task is open: call begin_task(name) first")
-        self._check_can_learn()
 
     def trainable_parameters(self):
         """The open task's Parameters: weights, scores and routers.
@@ -587,8 +567,9 @@ class MoSE:
         """Freeze what the open task has learned, and return what `capacity()` says of it.
 
         The task is in force afterwards, as a finished one. If this runs out of memory or is
-        interrupted, call it again. If it then says that no task is open, only the key may be
-        missing: observe(prompts, task=name).
+        interrupted, call it again, before any other training step. If it then says that no task is
+        open, the task is finished, and set_task(name) puts it in force. Its key may be missing:
+        infer_task() then never finds it, until you call observe(prompts, task=name).
         """
         self._check_open()
         # All Parameters are checked, also those that the caller has frozen in the meantime.
@@ -597,11 +578,12 @@ class MoSE:
                        "learn it again with a lower rate")
         name, lineage, sums = self.open, self.open_lineage, self.open_sums
         has_key = sums["count"] > 0
-        # All of this gives the same again if it was interrupted.
+        # If this is interrupted before `_close`, a second call does the same again.
         if self.config.round_to_bf16:
             for layer in self.layers:
                 layer.round_to_bf16()
-        learned = [layer.learned() for layer in self.layers]
+        learned = [(layer.select(), layer.router.detach().to("cpu", copy=True))
+                   for layer in self.layers]
         for layer, (selected, router) in zip(self.layers, learned):
             layer.finish(selected, router)
         self.tasks[name] = lineage
@@ -626,11 +608,14 @@ class MoSE:
         task: a name, or None for the bare base, or a list. A list has a finished task, or None, for
         each row of the batch; the open task can't be in it. `generate` repeats each example for
         beams and for several answers, so repeat its name as often, side by side: with two beams,
-        ["FOMC", "FOMC", "Py150", "Py150"]. Keep the task until after backward(), since gradient
-        checkpointing runs the forward pass once more. Only the open task learns: put it in force
-        again before you go on training. A target layer that is replaced later has no experts. This
-        is noticed when the next task is put in force, begun or ended. Raises ValueError for a task
-        that is not known.
+        ["FOMC", "FOMC", "Py150", "Py150"].
+
+        Keep the task until after backward(), since gradient checkpointing runs the forward pass
+        once more. Only the open task learns: put it in force again before you go on training.
+
+        A target layer that is replaced later has no experts. This is noticed when the next task is
+        put in force, begun or ended. Raises ValueError for a task that is not known, an empty list,
+        or a target that has lost its hook.
         """
         expect(task is None or isinstance(task, (str, list)),
                f"task: got {task!r}, expected a name, None or a list of names")
@@ -639,10 +624,12 @@ class MoSE:
         is_list = isinstance(task, list)
         names = [*task] if is_list else [task]
         is_open = self.open is not None and task == self.open
-        unknown = [name for name in names if name is not None and name not in self.tasks]
-        expect(is_open or not unknown,
-               f"unknown tasks {unknown}: expected finished ones, {[*self.tasks]}, or the open "
-               f"task alone, {self.open!r}")
+        finished = [None, *self.tasks]
+        unknown = [name for name in names if name not in finished]
+        expected = f"expected finished ones, {[*self.tasks]}"
+        if self.open is not None:
+            expected += f", or the open task alone, {self.open!r}"
+        expect(is_open or not unknown, f"unknown tasks {unknown}: {expected}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
         if task is not None:  # the bare base needs no experts
             check_layers(self.model, self.layers)
@@ -675,14 +662,14 @@ class MoSE:
 
         Afterwards the task before it is in force again; or the bare base, if that task was
         forgotten or renamed in the block. The task is in force for all threads, as with `set_task`:
-        if another thread is generating an answer, that answer changes midway.
+        if another thread is generating an answer, that answer changes midway. A task that is begun
+        in the block has to be put in force again after it.
         """
         before = self.active
         self.set_task(task)
         try:
             yield
         finally:
-            # The task before may have been forgotten or renamed in the block.
             names = before if isinstance(before, list) else [before]
             finished = all(name is None or name in self.tasks for name in names)
             still_there = finished or before == self.open
@@ -701,8 +688,9 @@ class MoSE:
 
         With several processes, only the numbers of the first one count. Returns (None, 1.0) if no
         finished task is worth it. Raises ValueError if probe() returns a number below 0 or not
-        finite.
+        finite, or if `guess` is not 0 or more.
         """
+        expect(guess >= 0, f"guess: got {guess}, expected an error >= 0")
         if not self.tasks:
             return None, 1.0
         errors = {}
@@ -711,7 +699,9 @@ class MoSE:
                 errors[source] = same_on_all_ranks(float(probe()))
             expect(0 <= errors[source] < math.inf,
                    f"probe() gave {errors[source]} under {source!r}, expected a number >= 0")
+        # Without a source, a task has the error of the base or that of the best constant answer.
         without = min(errors.pop(None), same_on_all_ranks(float(guess)))
+        # Only the finished tasks are left in `errors`.
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
         # below the error of the base and of a constant answer. The new task then gets this share,
@@ -779,6 +769,28 @@ class MoSE:
         modules = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in modules]
 
+    # ---- checks
+
+    def _close(self):
+        """Leave no task open."""
+        self.open, self.open_lineage, self.open_sums = None, None, None
+
+    def _check_ready(self):
+        """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
+        check_layers(self.model, self.layers)
+        check_base_is_frozen(self.model, self.layers)
+        if self.open is None:
+            advice = "save() the finished tasks, detach(), remove the offload, load() them again"
+        else:
+            advice = "remove the offload, and go on"
+        expect(not any(layer.weight.is_meta for layer in self.layers), "the experts are offloaded "
+               f"with the base (meta device), so no task can be learned: {advice}")
+
+    def _check_open(self):
+        """Raise ValueError unless a task is open and can learn."""
+        expect(self.open is not None, "no task is open: call begin_task(name) first")
+        self._check_ready()
+
     # ---- forget and rename
 
     def forget(self, name):
@@ -799,7 +811,7 @@ class MoSE:
         else:
             number, *_ = self.tasks.pop(name)
         self.keys.tasks.pop(name, None)
-        self._close()  # (If a finished task goes, none is open.)
+        self._close()
         for layer in self.layers:
             layer.is_open = False
             layer.routers.pop(number, None)
@@ -811,7 +823,7 @@ class MoSE:
     def rename(self, old, new):
         """Give a finished task another name."""
         new = plain_str(new)
-        expect(old in self.tasks, f"can't rename {old!r}: expected one of {[*self.tasks]}")
+        expect(old in [*self.tasks], f"can't rename {old!r}: expected one of {[*self.tasks]}")
         expect(new not in self.tasks and new != self.open, f"there is a task {new!r} already")
 
         def renamed(records):
@@ -1012,12 +1024,15 @@ class MoSE:
 class TaskKeys:
     """How a prompt finds its task: each task is a distribution of mean token embeddings.
 
-    x is a prompt as numbers: a weighted mean of the embeddings of its tokens, which a fixed random
-    projection maps to dim numbers (`tokens_and_weights`, `embed`). dim is key_dim, or the width of
-    the embeddings if that is less. m is the mean of a task's prompts, and s their standard
-    deviation, one number for all dimensions. All three are without the text that all tasks share:
-    `infer` and `own_text` take it out. S is the mean of s over all tasks. C is a covariance that
-    all tasks share, scaled so that its mean variance is 1.
+    The shared text is what nearly all prompts of every task hold, such as a chat template. It would
+    hide what differs, so it is left out: the own text of a prompt is all the rest.
+
+    x   a prompt: a weighted mean of the embeddings of its own text, which a fixed random projection
+        maps to dim numbers. dim is key_dim, or the width of the embeddings if that is less.
+    m   the mean of the x of a task, and s their standard deviation, one number for all dimensions.
+        `own_text` computes both of what is kept of the task, which is about whole prompts.
+    S   the mean of s over all tasks.
+    C   a covariance that all tasks share, scaled so that its mean variance is 1.
 
         distance   = (x - m)^T C^-1 (x - m) / dim
         likelihood = (1 + dim / FREEDOM * distance / v) ^ (-(FREEDOM + dim) / 2) / v^(dim / 2)
@@ -1032,13 +1047,12 @@ class TaskKeys:
     wide one. A prompt gets a task in any case, but the confidence falls towards 0 if the prompt is
     far from this task: if its distance is large, compared with the s^2 of the task.
 
-    The shared text is what nearly all prompts of every task hold, such as a chat template,
-    which would hide what differs. Only running sums are kept, and no prompt.
+    Only running sums are kept, and no prompt.
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks:
             count     number of prompts
-            mean      (dim,), of the prompts
-            variance  of the prompts, a number: the mean over all dimensions
+            mean      (dim,), of whole prompts, with the shared text. So it is not m.
+            variance  of whole prompts, a number: the mean over all dimensions. It is not s^2.
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (dim, dim), C is made of it: the sum of all scatter matrices, each divided as
@@ -1137,9 +1151,10 @@ class TaskKeys:
         if name in self.tasks:
             had, old, variance, common = self.tasks[name]
             count, gap = had + more, mean - old.double()
-            # Two means that differ add to the scatter about their common mean.
+            # `scatter` stays that of the new prompts alone, since `pooled` has that of the earlier
+            # ones. But two means that differ add to the scatter about their common mean.
             scatter += had * more / count * torch.outer(gap, gap)
-            # A variance counts the imaginary prompt as well.
+            # `squares` is of all prompts. A variance counts the imaginary prompt as well.
             squares = (had + 1) * variance + scatter.diagonal().mean().item()
             mean = old.double() + more / count * gap
             # Only what was common so far can stay so. It counts as if all earlier prompts had held
@@ -1188,8 +1203,8 @@ class TaskKeys:
         # not depend on the scale of the embeddings, and after it, so that distances do not depend
         # on SHRINKAGE.
         covariance = self.pooled / self.pooled.diagonal().mean()
-        # Only the prompts of tasks that are there count. Those of a forgotten task may be in
-        # `pooled` several times, say if it was learned again with other rates.
+        # The more prompts, the less it is shrunk. Those of forgotten tasks don't count: they may be
+        # in `pooled` several times, say if a task was learned again with other rates.
         count = sum(count for count, _, _, _ in self.tasks.values())
         covariance += self.SHRINKAGE * dim / count * torch.eye(dim, **CPU_FP32)
         covariance /= covariance.diagonal().mean()
@@ -1350,8 +1365,11 @@ def check_model(model):
     expect(not kind.endswith(("Classification", "QuestionAnswering", "MultipleChoice")),
            f"{kind} has a head with labels of its own, and the base stays as it is, so no task "
            "could have others: expected a causal language model, which answers in words")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    expect(embeddings is not None, f"{kind} has no get_input_embeddings(), which the keys need: "
+           "expected a causal language model of transformers")
     # FSDP1 and ZeRO-3 take away the weights, or flatten them, while no pass is running.
-    table = model.get_input_embeddings().weight
+    table = embeddings.weight
     wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     expect(table.dim() == 2 and table.numel() > 0 and not wrapped,
            "the base is sharded by FSDP1 or ZeRO-3, which are not supported: expected FSDP2 "
@@ -1403,9 +1421,10 @@ def warn_of_unused(model, layers, name):
     paths = [path for path, module in model.named_modules()
              if getattr(module, "sub_experts", None) in unused]
     if unused and len(unused) == len(able):
-        warnings.warn(f"task {name!r} learned nothing: no step of an optimizer has changed it. A "
-                      f"task has to be in force while it is trained: set_task({name!r})",
-                      stacklevel=3)
+        warnings.warn(f"task {name!r} learned nothing: no step of an optimizer has changed it. "
+                      "forget() it, and learn it again. It has to be in force while it is trained, "
+                      "the optimizer needs its trainable_parameters(), and the model has to call "
+                      "the target layers, and not read their weights itself", stacklevel=3)
     elif paths:
         warnings.warn(f"target layers learned nothing, {len(paths)} in all: {paths[:3]}. No "
                       "gradient reached them. If the model reads their weights itself, leave them "
@@ -1461,7 +1480,11 @@ def same_on_all_ranks(value):
 def unpadded(input_ids, attention_mask):
     """The prompts (B, T) as a list of their ids (T,), without padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    expect(input_ids.dim() == 2 and mask.shape == input_ids.shape, "expected ids and masks (B, T)")
+    expect(input_ids.dim() == 2 and mask.shape == input_ids.shape,
+           f"got ids {tuple(input_ids.shape)} and an attention_mask {tuple(mask.shape)}, expected "
+           "(B, T) for both")
+    expect(((mask == 0) | (mask == 1)).all(),
+           "attention_mask: expected 1 for text and 0 for padding, and nothing else")
     expect(len(input_ids) > 0, "got no prompts, expected at least one")
     prompts = [ids[own] for ids, own in zip(input_ids.cpu(), mask.cpu().bool())]
     for ids in prompts:

@@ -25,7 +25,8 @@ order, and replay takes some more steps):
 By default these are lora, replay, task_lora and mose.
 
 Answers are decoded greedily (TRACE samples at temperature 0.1), up to the length of the longest
-answer in train (TRACE: up to 512 tokens), and scored by TRACE's metrics. On real TRACE data the
+answer in train (TRACE: up to 512 tokens), or four tokens where only the first letter counts. They
+are scored by TRACE's metrics. On real TRACE data the
 scores compare with papers that use its 0.5K split, order and metrics, for the same base model only.
 No score on trace-mini compares with any paper's.
 """
@@ -39,6 +40,7 @@ No score on trace-mini compares with any paper's.
 
 import dataclasses
 import math
+import os
 import random
 import shlex
 import sys
@@ -55,7 +57,8 @@ from mose import MoSE
 from tracebench import processes
 from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, padded_batches
-from tracebench.methods import KINDS, attach, lessons, rate, tasks_to_test
+from tracebench.methods import (
+    KINDS, OURS, attach, check_density, lessons, rate, tasks_to_test)
 from tracebench.model import (
     TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, is_out_of_memory,
     load_model, passes_of_this_process)
@@ -72,8 +75,11 @@ def learn_in_a_row(record, model, tokenizer, tasks, bar):
     record: what this method has done so far with one seed, kept on the disk: its adapter, which
     lessons remain, and all scores. Its args are the options, with this seed in args.seeds, as text.
 
-    The adapters of the other methods have the same verbs as MoSE. A LoRA has no source (best_source
-    always gives None, 1.0) and no key (observe does nothing). Where one LoRA serves all tasks,
+    bar: the progress bar of all methods.
+
+    The adapters of all methods have those methods of MoSE that are called here. What means nothing
+    to a LoRA does nothing there: it never starts from a finished task (best_source gives None, 1.0),
+    and it does not recognise prompts (observe does nothing). Where one LoRA serves all tasks,
     set_task takes any name.
     """
     method, args = record.method, record.args
@@ -259,8 +265,15 @@ def main(args):
             write_report(runs)
 
 
+# How this run was started, for the messages that say how to go on.
 START = f"torchrun --nproc-per-node {processes.WORLD}" if processes.WORLD > 1 else "python"
-GO_ON = f"{START} train_trace.py --resume"
+SCRIPT = shlex.quote(os.path.relpath(__file__))
+
+
+def to_go_on(todo, more=""):
+    """The commands by which what is left to do goes on, one for each run."""
+    folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
+    return "\n".join(f"{START} {SCRIPT} --resume {folder}{more}" for folder in folders)
 
 
 def session(todo, runs, args):
@@ -272,29 +285,33 @@ def session(todo, runs, args):
     tasks = load_tasks(args, tokenizer, model)
     for method in dict.fromkeys(method for _, _, method in todo):
         if method in KINDS:
-            # A wrong option fails here, as a density so low that the first task would get no entry:
-            # nothing is lost yet.
+            # A wrong option fails here, as a density that leaves no entry for the first task or the
+            # last one: nothing is lost yet.
             adapter = attach(method, args, model)
             adapter.begin_task(tasks[0].name)
+            if method in OURS:
+                check_density(adapter, len(tasks))
             adapter.detach()
     if processes.RANK == 0 and not args.resume:
         for folder, its_args in runs.items():
             start_anew(folder, dataclasses.asdict(its_args))
     processes.wait()
     note_inputs(runs, model, tasks)
-    folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
     try:
         learn_and_test(todo, args, model, tokenizer, tasks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         fewer = max(1, args.tokens // 2)
-        ways = ", then ".join(f"{GO_ON} {folder} --tokens {fewer}" for folder in folders)
-        raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say: {ways} "
-                         "(and --checkpointing, if one row is too long)") from error
+        raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say (and with "
+                         "--checkpointing, if one row is too long):\n"
+                         + to_go_on(todo, f" --tokens {fewer}")) from error
+    except OSError as error:  # say, no space is left
+        raise ValueError(f"{error}\nWhat was learned and tested before is saved. When this is mended, "
+                         f"go on:\n{to_go_on(todo)}") from error
     except KeyboardInterrupt:
-        ways = ", then ".join(f"{GO_ON} {folder}" for folder in folders)
-        sys.exit(f"\ninterrupted: what was learned and tested is saved. To go on: {ways}")
+        sys.exit("\ninterrupted: what was learned and tested is saved. To go on:\n"
+                 + to_go_on(todo))
 
 
 def learn_and_test(todo, args, model, tokenizer, tasks):
@@ -335,6 +352,7 @@ def from_the_command_line():
         sys.exit(f"train_trace.py: error: {error}\nThe base does not fit, or its experts: take a "
                  "smaller one, or one of --dtype bfloat16, --device_map auto, --shard")
     except (ValueError, OSError) as error:
+        # Our own messages say what to mend, so they need no traceback.
         file = traceback.extract_tb(error.__traceback__)[-1].filename
         raised_in = Path(file).resolve().parent  # (ROOT is resolved too)
         if isinstance(error, ValueError) and raised_in not in (ROOT, ROOT / "tracebench"):

@@ -297,4 +297,7 @@ def test_every_example_has_the_default_rate():
     rates = [rate("mose", Args(), model) for model in (small, large)]
     assert rates == [pytest.approx(float(found[0]) / 8), pytest.approx(float(found[0]) / 32)]
     assert rate("mose", Args(lr=0.5), small) == 0.5  # control
-    assert rate("lora", Args(), small) == rate("lora", Args(), large) == Args.lora_lr
+    # The LoRAs have two defaults, which do not depend on the base.
+    assert [rate(method, Args(), model) for method in ("lora", "task_lora")
+            for model in (small, large)] == [5e-3, 5e-3, 1e-2, 1e-2]
+    assert rate("task_lora", Args(lora_lr=0.5), small) == 0.5  # control

@@ -218,6 +218,15 @@ def test_resume_refuses_a_base_with_other_weights(tmp_path, monkeypatch, noted):
         assert Path("runs/r/lora.json").exists()
 
 
+def test_resume_removes_what_a_killed_run_has_left(tmp_path):
+    """Of a method that is done, and files half written. What is not done keeps its files."""
+    kept = {"mose-3.pt", "mose.progress.json", "lora.json", "lora.pt", "args.json"}
+    for name in (*kept, "lora-8.pt", "lora.progress.json", "mose-4.pt.1a2b.tmp"):
+        (tmp_path / name).touch()
+    runs.remove_leftovers(tmp_path, ["lora", "mose"])
+    assert {file.name for file in tmp_path.iterdir()} == kept
+
+
 def test_two_runs_of_one_name_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/a").mkdir(parents=True)

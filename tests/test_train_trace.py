@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from tqdm import tqdm
 
 import train_trace
 from figures import report
+from tracebench import processes
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
-from tracebench.methods import KINDS, METHODS, attach, lessons, rate, tasks_to_test
+from tracebench.methods import (
+    KINDS, METHODS, attach, check_density, lessons, rate, tasks_to_test)
 from tracebench.model import choose_device
 from tracebench.options import PRESETS, READ_BY, ROOT, Args
 from tracebench.runs import Record, claim, start_anew
@@ -63,6 +66,24 @@ def test_every_example_ends_in_eos_and_its_labels_are_the_answer(base):
         assert prompt[0] == tokenizer.bos_token_id and answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(prompt[1:]) == row["prompt"]
         assert tokenizer.decode(answer[:-1]) == row["answer"]
+
+
+def test_a_special_token_in_an_answer_is_only_text(base):
+    tokenizer = base[1]
+    eos = tokenizer.eos_token
+    prompt, answer = encode(tokenizer, {"prompt": f"p {eos}", "answer": f"a {eos} b"})
+    assert tokenizer.eos_token_id not in answer[:-1]
+    assert to_text(tokenizer, answer) == f"a {eos} b"
+    assert tokenizer.eos_token_id in prompt, "control: in a prompt it is the token, as in a template"
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_used(base, monkeypatch):
+    model, tokenizer = base[0], copy.deepcopy(base[1])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= len(model.get_input_embeddings().weight)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
+    _, tokenizer = train_trace.load_model(Args(device="cpu"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_a_long_prompt_keeps_bos_and_its_end():
@@ -612,6 +633,12 @@ def test_a_whole_character_of_two_halves_is_read(tmp_path):
     assert read(data, "FOMC", "train")[0]["prompt"] == "\U0001f600"
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    """Editors of Windows write it."""
+    data = task_folder(tmp_path, "\ufeff" + json.dumps([GOOD]))
+    assert read(data, "FOMC", "train").to_list() == [GOOD]
+
+
 def test_a_good_file_is_read(tmp_path, base, capsys):
     rows = [{**GOOD, "id": "1a"}, {**GOOD, "id": 2}]  # Arrow refuses such a column
     data = task_folder(tmp_path, json.dumps(rows), "mine")
@@ -673,10 +700,11 @@ def test_a_wrong_option_is_named(base, options, message):
 @pytest.mark.parametrize("argv", [
     ["--method", "sorcery"], ["--methods", "sorcery"], ["--nonsense"], ["--batch", "0"],
     ["--dtype", "int8"], ["--lr", "x"], ["--preset", "tpu"],
-    ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "0"], ["--lr", "nan"],
+    ["--tokens", "0"], ["--replay", "2"], ["--lr", "-1"], ["--lora_lr", "-1"], ["--lr", "nan"],
     ["--test", "never"], ["--top_k", "5"], ["--experts", "0"], ["--lora_scale", "0"],
     ["--router_std", "inf"], ["--name", ""], ["--seeds", str(10**15)], ["--device_map", "auto", "--device", "cpu"],
-    ["--device", "mps"],
+    ["--device", "mps"], ["--tasks", "FOMCC"], ["--tasks", "FOMC,FOMC"], ["--epochs", "5,3"],
+    ["--metric", "FOMC=sari"], ["--density", "2"],  # all before the base is loaded
 ])
 def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -709,8 +737,8 @@ def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monk
     RuntimeError("MPS backend out of memory")])
 @pytest.mark.parametrize("where, message", [
     ("transformers.AutoModelForCausalLM.from_pretrained", "memory\n.*The base does not fit"),
-    ("train_trace.train", "memory\n.*python train_trace.py --resume runs/full --tokens 768"),
-    ("train_trace.evaluate", "memory\n.*--resume runs/full --tokens 768")])  # of the bare base
+    ("train_trace.train", "memory\nGo on .*:\npython .*train_trace.py --resume runs/full --tokens 768"),
+    ("train_trace.evaluate", "memory\nGo on .*\n.*--resume runs/full --tokens 768")])  # of the bare base
 def test_out_of_memory_says_how_to_go_on(where, message, error, tmp_path, monkeypatch):
     def full(*given, **options):
         raise error
@@ -736,6 +764,18 @@ def test_damaged_progress_is_named(tmp_path):
         Record(tmp_path, "mose", [], Args())
 
 
+def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_trace, "parse",
+                        lambda: Args(methods="lora", name="full", device="cpu", **SHORT))
+    monkeypatch.setattr(train_trace, "learn_in_a_row", full)
+    with pytest.raises(SystemExit, match="No space left(.|\n)*go on:\n.*--resume runs/full$"):
+        train_trace.from_the_command_line()
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
     def interrupted(*given):
         raise KeyboardInterrupt
@@ -745,9 +785,10 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train_trace, "learn_in_a_row", interrupted)
     with pytest.raises(SystemExit) as stop:
         train_trace.main(args)
+    script = train_trace.SCRIPT
     assert str(stop.value).endswith(
-        "To go on: python train_trace.py --resume 'runs/two words-0', then "
-        "python train_trace.py --resume 'runs/two words-1'")
+        f"To go on:\npython {script} --resume 'runs/two words-0'\n"
+        f"python {script} --resume 'runs/two words-1'")
     assert train_trace.parse(["--resume", "runs/two words-1"]).seeds == "1"
 
 
@@ -816,6 +857,35 @@ def test_the_preset_for_a_gpu_needs_one(here, monkeypatch):
 def test_an_option_that_nothing_reads_makes_a_warning(options, warned, capsys):
     train_trace.parse(options.split())
     assert ("has no effect here" in capsys.readouterr().out) == warned
+
+
+def test_several_processes_need_a_cpu_or_gpus_of_nvidia(monkeypatch):
+    monkeypatch.setattr(processes, "WORLD", 2)
+    with pytest.raises(ValueError, match="2 processes .* got mps: add --device cpu"):
+        processes.start("mps")
+    monkeypatch.setattr(processes, "WORLD", 1)  # control
+    processes.start("mps")
+
+
+def test_a_density_that_leaves_nothing_for_the_last_task_is_refused(base):
+    """The largest pool of B has 8,192 entries. With 0.7, the eighth task gets one of the last two."""
+    for density, fits in ((0.01, True), (0.7, True), (0.75, False), (1.0, False)):
+        mose = attach("mose", Args(density=density), base[0])
+        try:
+            for name in "1234567":
+                mose.begin_task(name)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # nothing is learned
+                    mose.end_task()
+            mose.begin_task("8")
+            has_room = True
+        except ValueError:
+            has_room = False
+        assert has_room == fits
+        raises = pytest.raises(ValueError, match=f"--density {density}: .* the last of 8")
+        with contextlib.nullcontext() if fits else raises:
+            check_density(mose, 8)
+        mose.detach()
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -914,7 +984,7 @@ def test_force_removes_nothing_before_all_options_are_checked(run, tmp_path, mon
     before = {file.name: file.read_bytes() for file in Path("runs/a").iterdir()}
     own = Args(device="cpu", name="a", force=True, methods="mose", **SHORT)
     for wrong in ({"targets": "q_porj"}, {"epochs": "4,4,4"}, {"data": "nowhere"},
-                  {"density": 1e-9}):
+                  {"density": 1e-9}, {"density": 1.0}):
         with pytest.raises(ValueError):
             train_trace.main(dataclasses.replace(own, **wrong))
         assert {name: Path("runs/a", name).read_bytes() for name in before} == before

@@ -56,8 +56,8 @@ def ask(args):
     if len(whole) > limit:
         print(f"the prompt has {len(whole)} tokens, and the model reads the last {limit} of them")
     ids = torch.tensor([cut(whole, limit, tokenizer.bos_token_id)], device=model.device)
-    longest = int(min(notes.get("answers", {}).get(name, ANSWER), positions - ids.shape[1]))
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest)
+    room = int(min(notes.get("answers", {}).get(name, ANSWER), positions - ids.shape[1]))
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room)
     answer = out[0, ids.shape[1]:]
     print(f"answer: {to_text(tokenizer, answer)}")
     if tokenizer.eos_token_id not in answer:

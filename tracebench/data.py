@@ -48,7 +48,7 @@ def rows_of(where, content):
     """The content of a file as a Dataset. Raises ValueError with the file and the row."""
     form = 'a list of {"prompt": text, "answer": text}'
     try:
-        rows = json.loads(content.decode("utf-8"))
+        rows = json.loads(content.decode("utf-8-sig"))  # editors of Windows begin a file with a mark
     except ValueError as error:
         raise ValueError(f"{where}: can't be read as JSON ({error}): expected {form}. (A file with a "
                          "row of JSON in each line needs commas between them, and [ ] around all)"
@@ -106,8 +106,10 @@ def encode(tokenizer, row):
     alone does not end with. If the tokenizer has a BOS, it is added even where the tokenizer itself
     would add none: many models read the first token badly, and it should not be one of the prompt.
     """
-    prompt, answer = (tokenizer(row[key], add_special_tokens=False)["input_ids"]
-                      for key in ("prompt", "answer"))
+    prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    # A prompt may hold special tokens, as those of a chat template. In an answer, "</s>" is only text:
+    # as a token it would end the answer.
+    answer = tokenizer(row["answer"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + prompt, answer + [tokenizer.eos_token_id]
 
@@ -231,8 +233,10 @@ def metrics_of(text, names):
     """{task: metric} of the tasks of these names.
 
     text: --metric. Raises ValueError if it does not say the metric of each task that is not TRACE's,
-    and of no others.
+    and of no others, or if a task stands twice in names.
     """
+    if len({*names}) < len(names):
+        raise ValueError(f"--tasks {','.join(names)}: expected each once")
     own = [name for name in names if name not in METRICS]
     given = {}
     for pair in listed(text) if text else []:
@@ -275,8 +279,6 @@ def load_tasks(args, tokenizer, model):
     """All tasks of a run. Raises ValueError for what is wrong with the data or its options."""
     names = listed(args.tasks)
     metrics = metrics_of(args.metric, names)
-    if len({*names}) < len(names):
-        raise ValueError(f"--tasks {args.tasks}: expected each once")
     positions = positions_of(model)
     tasks = []
     for name, epochs in zip(names, epochs_of(args.epochs, names)):
@@ -284,9 +286,9 @@ def load_tasks(args, tokenizer, model):
             args.data, name, metrics[name], tokenizer, epochs=epochs, split=args.split,
             max_prompt=args.max_prompt, positions=positions, max_train=args.max_train,
             max_test=args.max_test)
-        longest = max(len(ids) for ids, _ in task.train)
-        if longest > args.tokens:
-            print(f"warning: {name}: its longest example has {longest} tokens, more than --tokens "
+        longest_example = max(len(ids) for ids, _ in task.train)
+        if longest_example > args.tokens:
+            print(f"warning: {name}: its longest example has {longest_example} tokens, more than --tokens "
                   f"{args.tokens}, so it makes a pass of its own, which takes more memory")
         tasks.append(task)
     return tasks

@@ -60,8 +60,11 @@ def load_model(args):
         raise ValueError(f"--shard puts the base on {model.device.type}, and --device is {device}: "
                          "leave --device out")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{args.model}: its tokenizer has no EOS, so answers would never end")
-    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{args.model}: its tokenizer has no EOS, so answers would never end: set the "
+                         "eos_token in its tokenizer_config.json")
+    # Some tokenizers have no token for padding, or one that was added and that the model lacks.
+    num_tokens = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_tokens:
         tokenizer.pad_token = tokenizer.eos_token  # it is masked everywhere
     # A checkpoint's own settings may sample or punish repetition; scores are for greedy decoding.
     model.generation_config = transformers.GenerationConfig(
@@ -102,8 +105,8 @@ def generate(model, tokenizer, task, indices, args):
     prompts = {i: cut(task.test_prompt_ids[i], task.limit, tokenizer.bos_token_id) for i in indices}
 
     def in_passes(some):
-        limit = TOKENS_FACTOR_OF_DECODING * args.tokens
-        return passes(some, limit, lambda i: len(prompts[i]) + task.max_new)
+        tokens_of_a_pass = TOKENS_FACTOR_OF_DECODING * args.tokens
+        return passes(some, tokens_of_a_pass, lambda i: len(prompts[i]) + task.max_new)
 
     texts = {}
     for some in processes.own_passes(indices, in_passes, idle=[]):

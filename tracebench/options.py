@@ -9,13 +9,11 @@ import transformers
 
 from mose import MoSEConfig
 from tracebench import processes
-from tracebench.data import listed
-from tracebench.methods import KINDS, METHODS, OURS
+from tracebench.data import epochs_of, listed, metrics_of
+from tracebench.methods import KINDS, METHODS, OURS, config_of
 from tracebench.model import TOKENS_FACTOR_OF_DECODING, TOKENS_FACTOR_WITHOUT_GRADIENTS
-from tracebench.runs import notes_of
+from tracebench.runs import ROOT, notes_of
 from tracebench.scores import SCORES, TASKS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # A preset is a set of other defaults. The data of `gpu` is a public copy of TRACE-0.5K. It belongs
 # to zjwang21 and is not part of this project.
@@ -49,7 +47,8 @@ class Args:
     epochs: str = option("4", "epochs of each task: a number, a list (5,3,..), trace for TRACE's "
                          "own, or short (2,1,3,2,1,2,2,3)")
     lr: float = option(0.0, "learning rate of mose and mose_fixed (0: 0.22 / root of the base's width)")
-    lora_lr: float = option(5e-3, "learning rate of all other methods")
+    lora_lr: float = option(0.0, "learning rate of all other methods (0: 1e-2 for task_lora, 5e-3 for "
+                            "the others)")
     batch: int = option(16, "examples of one step")
     tokens: int = option(1536, "tokens of one training pass at most, with padding: a larger batch "
                          "takes several passes, whose gradients add up (passes of probes may have "
@@ -60,7 +59,8 @@ class Args:
                             "keys see all prompts")
     max_test: int = option(0, "score a random sample of so many examples a task (0: all)")
     test: str = option("all", "ends: each task when it is learned, and all at the end; all: every "
-                       "seen task after each task", ("all", "ends"))
+                       "seen task after each task (and with lora, replay and moe_lora the next one)",
+                       ("all", "ends"))
     split: str = option("test", "what is scored: test, or eval to choose settings", ("test", "eval"))
     targets: str = option("q_proj,v_proj", "linear layers that get experts")
     experts: int = option(MoSEConfig.num_experts, "experts of mose, mose_fixed and moe_lora")
@@ -146,16 +146,22 @@ def check(args):
     if not {*methods} <= {*METHODS} or len({*methods}) < len(methods):
         raise ValueError(
             f"--methods: got {args.methods!r}, expected each once, of {', '.join(METHODS)}")
+    names = listed(args.tasks)
+    metrics_of(args.metric, names)
+    epochs_of(args.epochs, names)
     for name, least in LOWEST.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name}: got {getattr(args, name)}, expected at least {least}")
     if args.top_k > args.experts:
         raise ValueError(f"--top_k: got {args.top_k}, expected at most --experts {args.experts}: "
                          f"give --top_k {args.experts} too")
+    if {*methods} & {*OURS}:
+        config_of(args)
     if not 0 <= args.lr < math.inf:
         raise ValueError(f"--lr: got {args.lr}, expected a rate above 0, or 0 for the default")
-    if not 0 < args.lora_lr < math.inf:
-        raise ValueError(f"--lora_lr: got {args.lora_lr}, expected a rate above 0")
+    if not 0 <= args.lora_lr < math.inf:
+        raise ValueError(f"--lora_lr: got {args.lora_lr}, expected a rate above 0, or 0 for the "
+                         "defaults")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch sees no GPU: leave it out, or take cpu (or "
                          "resume on a machine with a GPU)")
@@ -175,8 +181,8 @@ def check(args):
     if args.device_map and processes.WORLD > 1:
         raise ValueError("--device_map spreads a base over the GPUs of one process, and torchrun has "
                          "started several: start one, or take --shard")
-    if args.shard and args.ask:
-        raise ValueError("--shard: --ask answers in one process, so leave --shard out")
+    if args.ask and processes.WORLD > 1:
+        raise ValueError("--ask answers in one process: start it by python, and without --shard")
     if args.shard and processes.WORLD == 1:
         raise ValueError("--shard: there is one process, so nothing to shard over: start it by python "
                          "-m torch.distributed.run --nproc-per-node 2 train_trace.py --shard ..")

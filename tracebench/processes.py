@@ -14,10 +14,14 @@ SHARDED = False
 
 
 def start(device):
-    """Join the group, each process with its own GPU if there are some; only the first prints."""
+    """Join the group, each process with its own GPU if there are some; only the first prints. Raises
+    ValueError for a device on which several processes can't exchange anything."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     if WORLD > 1:
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"{WORLD} processes were started, and they can work together on cpu and "
+                             f"cuda only, got {device}: add --device cpu, or start one process")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -45,9 +49,10 @@ def own_passes(rows, split, idle):
     process gets the same number of passes: where it has fewer of its own, `idle` ones fill up."""
     if not SHARDED:
         return split(rows[RANK::WORLD])
+    # Each process makes the plans of all, so it knows the largest number of passes without asking.
     plans = [[*split(rows[rank::WORLD])] for rank in range(WORLD)]
-    own, longest = plans[RANK], max(map(len, plans))
-    return own + [idle] * (longest - len(own))
+    own, most_passes = plans[RANK], max(map(len, plans))
+    return own + [idle] * (most_passes - len(own))
 
 
 def add_up(*tensors):

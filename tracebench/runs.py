@@ -71,7 +71,7 @@ def claim(folder, go_on=False, force=False):
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise ValueError(f"{folder} is a file, expected a folder: choose another --name") from error
-    lock = open(folder / "lock", "w")
+    lock = open(folder / "lock", "a")  # "w" would empty a file of this name that is not ours
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a dead process holds no lock
     except BlockingIOError:
@@ -90,6 +90,22 @@ def claim(folder, go_on=False, force=False):
             raise ValueError(f"{folder} exists: choose another --name, --resume "
                              f"{shlex.quote(str(folder))} to go on with it, or --force to overwrite it")
     return lock
+
+
+def remove_steps(folder, method):
+    """Remove what only an unfinished method needs: its progress, and its last adapter. (A killed run
+    may have left an earlier one too.)"""
+    for file in (folder / f"{method}.progress.json", *folder.glob(f"{method}-*.pt")):
+        file.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder, methods):
+    """Remove what a killed run has left: files half written, and the steps of methods that are done."""
+    for file in folder.glob("*.tmp"):
+        file.unlink()
+    for method in methods:
+        if (folder / f"{method}.json").exists():
+            remove_steps(folder, method)
 
 
 def start_anew(folder, options):
@@ -112,6 +128,8 @@ def locked_folders(args):
         if processes.RANK == 0:
             for folder in runs:
                 stack.enter_context(claim(folder, bool(args.resume), args.force))
+                if args.resume:
+                    remove_leftovers(folder, listed(args.methods))
         processes.wait()
         yield runs
 
@@ -191,7 +209,9 @@ class Record:
     examples of all lessons and epochs, with prompts.
     R[t][i]: the score of task i after lesson t, None if it was not tested; R_tail the same with the
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
-    bytes, source, new, used and epochs: a value for each lesson. seconds_training: of all lessons
+    A value for each lesson: bytes, of the adapter's file; source, the finished task that it started
+    from, or None; new, how many numbers it added; used, which share of all numbers of the adapter is
+    in use after it (for a LoRA 1); epochs. seconds_training: of all lessons
     without their tests, so with the probes, the keys and the files. task_id_accuracy: for each task
     of the last test, the percent of prompts whose task was inferred right. op_error: the standard
     error of the mean of all tasks, when all were tested last.
@@ -300,9 +320,7 @@ class Record:
         scores = summarize(result["R"], zero_shot if gain_is_known else None) | {
             "zero_shot": zero_shot, "op_tail": tail.get("op"), "bwt_tail": tail.get("bwt")}
         write_json(self.folder / f"{self.method}.json", facts | result | scores)
-        # (All of them, since a killed run may have left an earlier one.)
-        for file in (self.state, *self.folder.glob(f"{self.method}-*.pt")):
-            file.unlink(missing_ok=True)
+        remove_steps(self.folder, self.method)
 
 
 def facts_of_run(record, model, tasks):
