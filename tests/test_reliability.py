@@ -1,6 +1,7 @@
 """Nothing lost: killed, cut short, fed nonsense, run a hundred times over."""
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import gc
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from tqdm import tqdm
@@ -27,6 +29,10 @@ from tracebench.options import Args
 reliability = pytest.importorskip("benchmarks.reliability")  # it needs hypothesis
 learn, tiny = reliability.learn, reliability.tiny
 IDS = torch.arange(24).view(3, 8)
+
+
+class Stopped(Exception):
+    """The process is killed here."""
 
 
 def ready(*names, **config):
@@ -66,7 +72,7 @@ def test_resume_after_every_task_gives_the_same_as_never_stopping(tmp_path, monk
         write(file, value)
         if "progress" in file.name:
             stops.append(file.name)
-            raise InterruptedError
+            raise Stopped
 
     def other(*given):
         return [*batches(*given)][::-1]
@@ -76,7 +82,7 @@ def test_resume_after_every_task_gives_the_same_as_never_stopping(tmp_path, monk
     while True:
         try:
             train_trace.main(args)
-        except InterruptedError:
+        except Stopped:
             args = train_trace.parse(["--resume", "runs/stopped"])
             guard or monkeypatch.setattr(train_trace, "batches", other)
         else:
@@ -153,9 +159,9 @@ def test_resume_refuses_data_that_has_changed_since(tmp_path, monkeypatch, guard
     def stop_after(file, value):
         write(file, value)
         if "progress" in file.name:
-            raise InterruptedError
+            raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(runs, "write_json", stop_after)
         train_trace.main(args)
     file = Path("data/NumGLUE-cm/train.json")
@@ -244,16 +250,16 @@ def test_an_end_of_task_that_fails_halfway_can_be_repeated(tmp_path, monkeypatch
     for each in (mose, whole):
         torch.manual_seed(0)
         learn(each, "b")
-    learned, calls = SubExperts.learned, []
+    select, calls = SubExperts.select, []
 
     def no_memory(layer):
         calls.append(layer)
-        new, router = learned(layer) if len(calls) != 2 else 1 / 0
+        new = select(layer) if len(calls) != 2 else 1 / 0
         if not guard:
             layer.owner.masked_fill_(new, 2)
-        return new, router
+        return new
 
-    monkeypatch.setattr(SubExperts, "learned", no_memory)
+    monkeypatch.setattr(SubExperts, "select", no_memory)
     before = [layer.owner.clone() for layer in mose.layers]
     with pytest.raises(ZeroDivisionError):
         mose.end_task()
@@ -464,12 +470,33 @@ def load(content, tmp_path):
     MoSE.load(tiny(), tmp_path / "m")
 
 
+def stripping(tokenizer):
+    """A copy of a tokenizer that drops spaces around a text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Strip()
+    return tokenizer
+
+
 MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, tmp_path))
     "task name None": ("got None as a name, expected a str", lambda m, b, p: m.begin_task(None)),
     "the source as a probe": ("source: got <", lambda m, b, p: m.begin_task("c", len)),
     "a probe that gives NaN": (r"probe\(\) gave nan", lambda m, b, p: (
         m.best_source(lambda: float("nan")))),
     "save while open": ("call end_task", lambda m, b, p: (m.begin_task("c"), m.save(p / "m"))),
+    "a list as the source": (r"source: got \['a'\], expected None or one of", lambda m, b, p: (
+        m.begin_task("c", ["a"]))),
+    "a list in the list": (r"unknown tasks \[\['a'\]\]: expected finished ones, \['a', 'b'\]$",
+                           lambda m, b, p: m.set_task([["a"], "b"])),
+    "rename a list": (r"can't rename \['a'\]", lambda m, b, p: m.rename(["a"], "c")),
+    "a guess that is no number": ("guess: got nan, expected an error >= 0", lambda m, b, p: (
+        m.best_source(lambda: 1.0, float("nan")))),
+    "a mask that is added to scores": ("attention_mask: expected 1 for text", lambda m, b, p: (
+        m.infer_task(IDS, torch.zeros(IDS.shape).fill_(-torch.inf)))),
+    "a mask of another shape": (r"ids \(3, 8\) and an attention_mask \(3, 7\)", lambda m, b, p: (
+        m.infer_task(IDS, torch.ones(3, 7)))),
+    "a config that is a dict": ("expected a MoSEConfig", lambda m, b, p: MoSE(tiny(), {"rank": 8})),
+    "a model without embeddings": ("Sequential has no get_input_embeddings", lambda m, b, p: (
+        MoSE(torch.nn.Sequential(torch.nn.Linear(2, 2))))),
     "set a number": ("task: got 3, expected a name", lambda m, b, p: m.set_task(3)),
     "set a tuple": (r"task: got \('a', 'b'\), expected a name, None or a list", lambda m, b, p: (
         m.set_task(("a", "b")))),
@@ -496,8 +523,6 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
     "not UTF-8": ("can't be read as JSON", lambda m, b, p: from_text(b"[\xff\xfe]", b, p)),
     "UTF-16": ("can't be read as JSON", lambda m, b, p: from_text(
         rows(("p", "a")).encode("utf-16"), b, p)),
-    "a byte order mark": ("BOM", lambda m, b, p: from_text(
-        b"\xef\xbb\xbf" + rows(("p", "a")).encode(), b, p)),
     "an object, no list": ("got dict", lambda m, b, p: from_text("{}", b, p)),
     "an empty list": ("got an empty list", lambda m, b, p: from_text("[]", b, p)),
     "empty prompt": ("row 0", lambda m, b, p: from_text(rows(("", "a")), b, p)),
@@ -528,8 +553,8 @@ MISTAKES = {  # what: (message, call with (a mose that knows "a" and "b", base, 
         Args(ask=[str(p), "x"]))),
     "a folder without a model": ("--model .*: can't be loaded", lambda m, b, p: (
         train_trace.load_model(Args(model=str(p), device="cpu")))),
-    "an answer of special tokens": ("comes back .* as an empty text", lambda m, b, p: from_text(
-        rows(("p", "a"), ("q", b[1].eos_token)), b, p)),
+    "an answer that the tokenizer drops": ("comes back .* as an empty text", lambda m, b, p: from_text(
+        rows(("p", "a"), ("q", " ")), (b[0], stripping(b[1])), p)),
     "no eval.json": ("since --split eval asks for it", lambda m, b, p: from_text(
         rows(("p", "a")), b, p, split="eval")),
 }
