@@ -235,13 +235,15 @@ class SubExperts(nn.Module):
         self.router = nn.Parameter(zeros.new_zeros(config.num_experts, config.router_dim))
         # CHOICE: each layer has a router of its own, which reads what the layer reads, through a
         # fixed random projection to P numbers. A router on all D numbers would need as many bytes
-        # for each task as the matrix A of a LoRA of rank E.
+        # for each task as the matrix A of a LoRA of rank E. (fixed_signs gives numbers -1 or 1, the
+        # same on every machine. Divided by sqrt(D), they keep the mean square of a token.)
         projection = fixed_signs(D, config.router_dim) / math.sqrt(D)
         # No buffer is in state_dict(). If `frozen` and `owner` were, loading an old state_dict()
         # would undo finished tasks. The others need not be kept, since they are made anew.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
         if config.fixed_A:
-            # It has the variance that a learned A has at first: uniform in +-1/sqrt(D), in `begin`.
+            # Its variance is 1 / (3 D), that of an A that is learned, which is uniform in
+            # +-1/sqrt(D) at first (`begin`).
             fixed_A = fixed_signs(D, width) / math.sqrt(3 * D)
             self.register_buffer("fixed_A", fixed_A.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
@@ -283,8 +285,9 @@ class SubExperts(nn.Module):
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # After that, gradients decide which entries a task takes, and not the random start. A step
         # of Adam moves a score by about the learning rate. With the rate at the top of this file,
-        # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (The
-        # first step moves no score: B is 0, so its values and the gradients of A are 0.)
+        # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (In
+        # the first step no score has a gradient: B is 0, so its values and the gradients of A are
+        # 0. With a source, all new values are 0.)
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -293,7 +296,7 @@ class SubExperts(nn.Module):
         self.weight.zero_()
         if len(lineage) == 1:
             # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
-            D = len(self.projection)  # projection is (D, P)
+            D = len(self.projection)  # projection is (D, P); A has no rows if it is fixed
             A, _ = self.split(self.weight)
             drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
@@ -327,7 +330,7 @@ class SubExperts(nn.Module):
     def select(self):
         """The new entries of the open task (N,), a bool mask: the best of the free entries."""
         # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
-        # ones. Here a task reads used entries of A anyway, and should read none of B (`read_by`).
+        # ones. Here the lineage alone decides which used entries a task reads (`read_by`).
         # (An interrupted `end_task` may have given it some of its entries already.)
         of_others = (self.owner > 0) & (self.owner != self.number)
         free_score = self.score.masked_fill(of_others, -math.inf)
@@ -377,7 +380,7 @@ class SubExperts(nn.Module):
         A, B = self.split(pool)
         if self.config.fixed_A:
             A = self.fixed_A
-        with autocast_off(pool.device):  # in fp32, for the reason that `delta` gives
+        with autocast_off(pool.device):  # in bf16, small steps of a router would have no effect
             to_logits = self.projection @ router.T  # (D, E)
         return torch.cat([A, to_logits], dim=1), self.config.scale * B
 
@@ -472,7 +475,9 @@ class SubExperts(nn.Module):
 
 # ------------------------------------------------------------------------------ the whole
 
-WELL_BELOW = 0.75  # a source is worth it if its error < WELL_BELOW * the error without a source
+# A task starts from a finished one only if the error under that one is below this share of the
+# error without a source (`best_source`).
+WELL_BELOW = 0.75
 
 
 class MoSE:
@@ -486,8 +491,8 @@ class MoSE:
     keys    the TaskKeys, by which prompts find their task
 
     All methods raise ValueError for what they can't do. Several threads may run the model at the
-    same time. But while a method of this object runs, no
-    other thread may call one that changes the tasks.
+    same time. But while one runs it, or a method of this object, no other thread may change the
+    tasks, or which of them is in force.
     """
 
     @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -503,7 +508,7 @@ class MoSE:
         expect(isinstance(self.config, MoSEConfig),
                f"config: got {config!r}, expected a MoSEConfig")
         self.tasks = {}
-        self._close()
+        self._close()  # no task is open
         self.active = None
         self.last_number = 0  # the number of the newest task; none is used twice
         check_model(model)
@@ -849,10 +854,12 @@ class MoSE:
             if getattr(module, "sub_experts", None) in self.layers:
                 del module.sub_experts
         for module, key in self.trainable_before:
-            own = dict(module.named_parameters(recurse=False))
-            # Pruning or a parametrization gives it another name, in this module or below it.
-            for parameter in [own[key]] if key in own else module.parameters():
-                if parameter.is_floating_point():
+            # Others may have given it another name: pruning (_orig), weight norm (_g and _v), or a
+            # parametrization.
+            names = {key, f"{key}_orig", f"{key}_g", f"{key}_v"}
+            for name, parameter in module.named_parameters():
+                is_it = name in names or name.startswith(f"parametrizations.{key}.")
+                if is_it and parameter.is_floating_point():
                     parameter.requires_grad_(True)
 
     # ---- what it costs, and how it is kept
@@ -1030,7 +1037,7 @@ class TaskKeys:
     x   a prompt: a weighted mean of the embeddings of its own text, which a fixed random projection
         maps to dim numbers. dim is key_dim, or the width of the embeddings if that is less.
     m   the mean of the x of a task, and s their standard deviation, one number for all dimensions.
-        `own_text` computes both of what is kept of the task, which is about whole prompts.
+        `own_text` computes both from what `tasks` holds, which is about whole prompts.
     S   the mean of s over all tasks.
     C   a covariance that all tasks share, scaled so that its mean variance is 1.
 
@@ -1056,7 +1063,8 @@ class TaskKeys:
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (dim, dim), C is made of it: the sum of all scatter matrices, each divided as
-            `merge` says. The scatter matrix of prompts is the sum of (x - mean) (x - mean)^T.
+            `merge` says. A scatter matrix is the sum of (x - mean) (x - mean)^T over prompts, here
+            with the x of whole prompts.
             `pooled` stays when a task is forgotten, since it tells how prompts differ in general.
     """
 
@@ -1119,8 +1127,8 @@ class TaskKeys:
 
     @torch.inference_mode(False)  # tensors that are made in it can't be changed outside of it
     def new_sums(self):
-        """The empty sums of a task: how many prompts, the sums of x and of x x^T, and of the tokens
-        {token: (how many prompts hold it, the sum of its weights)}."""
+        """The empty sums of a task: how many prompts, the sums of x and of x x^T of whole prompts,
+        and of the tokens {token: (how many prompts hold it, the sum of its weights)}."""
         dim = len(self.pooled)
         return {"count": 0, "x": self.pooled.new_zeros(dim),
                 "square": self.pooled.new_zeros(dim, dim), "tokens": {}}
@@ -1247,7 +1255,8 @@ class TaskKeys:
         return own, math.sqrt(variance) / left
 
     def shared_tokens(self):
-        """The tokens that nearly all prompts of every task hold, such as a chat template's."""
+        """The tokens that nearly all prompts of every task hold, such as a chat template's. With
+        one task there are none: what its prompts have in common need not be a template."""
         commons = [common for _, _, _, common in self.tasks.values()]
         shared = set.intersection(*map(set, commons)) if len(commons) > 1 else set()
         for common in commons:

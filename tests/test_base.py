@@ -254,6 +254,16 @@ def test_detach_finds_parameters_that_others_have_replaced_or_renamed(replace):
     assert all(p.requires_grad for p in mose.model.parameters())
 
 
+def test_detach_leaves_frozen_what_was_frozen_beside_a_renamed_parameter():
+    model = tiny()
+    head = model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features), requires_grad=False)
+    mose = MoSE(model)
+    prune.identity(head, "weight")
+    mose.detach()
+    assert head.weight_orig.requires_grad and not head.bias.requires_grad
+
+
 def test_a_model_may_make_its_frequencies_later():
     model = tiny()
     model.lazy_inv_freq = None
