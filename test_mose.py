@@ -41,7 +41,8 @@ both_modes = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant
 def guard(request):
     """True: the code as it is. False: the control, for which the test switches a guard off.
 
-    `guard or monkeypatch.setattr(..)` does that. What then goes wrong stands behind "Off:".
+    `guard or monkeypatch.setattr(..)` does that. What then goes wrong stands behind "Off:". A check
+    with `== guard` has to hold with the guard, and to fail without it.
     """
     return request.param
 
@@ -62,7 +63,7 @@ def attach(kind="multi-head", dtype=torch.float32, **config):
 
 def data(name, size=4, length=8):
     """Prompts (size, length) of a task. Its last letter chooses 8 of the 64 tokens: of the letters
-    a to h, no two share one."""
+    a to h, no two share one. So "new a" has other prompts of the same 8 tokens as "a"."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randint(8, (size, length), generator=generator) + 8 * (ord(name[-1]) % 8)
 
@@ -84,7 +85,8 @@ def step(model, optimizer, ids, factor=1.0):
 
 
 def learn(mose, *names, steps=3, optimizer=None, falls=None, end=True, source=None):
-    """Tasks from begin to end; `falls` gets how far the loss of each fell."""
+    """Tasks from begin to end: learn(mose, *"ab") learns "a" and then "b". Each has an optimizer of
+    its own, unless one is given. `falls` gets how far the loss of each fell."""
     for name in names:
         mose.begin_task(name, source)
         mose.observe(data(name, 64))
@@ -130,6 +132,39 @@ def test_a_mask_has_exactly_k_entries_though_all_scores_tie():
     score = torch.full((100,), 0.5)
     assert all(top_k_mask(score, k).sum() == k for k in range(101))
     assert (score >= score.topk(3).values[-1]).all()  # control: a threshold keeps them all
+
+
+def worst_first(layer, select=SubExperts.select):
+    """`select` with the order of the scores turned round."""
+    layer.score.data.neg_()
+    mask = select(layer)
+    layer.score.data.neg_()
+    return mask
+
+
+def test_a_task_selects_the_free_entries_with_the_best_scores(guard, monkeypatch):
+    # Off: it selects those with the worst.
+    guard or monkeypatch.setattr(SubExperts, "select", worst_first)
+    mose, best = learn(learn(attach(), "a"), "b", end=False), []
+    for layer in mose.layers:
+        parts = map(layer.split, (layer.score, layer.select(), layer.owner))
+        for score, own, owner in zip(*parts):  # in A, and in B
+            rest = (owner == 0) & ~own
+            assert own.any() and not own[owner > 0].any()
+            best.append(bool(score[own].min() >= score[rest].max()))
+    assert all(best) == guard
+
+
+def test_gradients_decide_which_entries_a_task_takes_and_not_the_random_start(guard, monkeypatch):
+    # Off: the scores start so far apart that three steps hardly change their order.
+    guard or monkeypatch.setattr("mose.SCORE_SPREAD", 4.0)
+    mose = learn(attach(), "a", steps=0, end=False)
+    first, optimizer = [layer.select() for layer in mose.layers], adam(mose)
+    for _ in range(3):
+        step(mose.model, optimizer, data("a"))
+    kept = sum(int((old & layer.select()).sum()) for old, layer in zip(first, mose.layers))
+    number = sum(int(old.sum()) for old in first)
+    assert (kept < 0.3 * number) == guard  # 0.1 of them as it is
 
 
 def test_the_gradient_is_that_of_equation_3_as_if_all_entries_were_read():
@@ -340,7 +375,9 @@ def test_with_a_fixed_matrix_a_tasks_learn_and_store_b_alone(tmp_path):
     for layer in mose.layers:
         assert len(layer.owner) == layer.weight.numel() == math.prod(layer.shape_B)
         a, b, c = (layer.read_by(mose.tasks[name]) for name in "abc")
-        assert not (a & b).any() and (a & c).equal(a)  # "c" reads what its source reads
+        assert not (a & b).any()
+        # "c" reads what its source reads, and what it owns.
+        assert torch.equal(c, a | (layer.owner == 3))
         # Nobody stores A, so files rely on its values: signs, as `fixed_signs` gives them, with the
         # variance 1 / (3 D) of an A that is learned.
         assert (layer.fixed_A[0, :4] * math.sqrt(3 * 32)).round().tolist() == [1, -1, -1, 1]
@@ -663,12 +700,14 @@ def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch
     guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
     mose = learn(attach(), *"abc")
     before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
+    values = [layer.frozen.clone() for layer in mose.layers]
     mose.forget("b")
     assert torch.equal(snapshot(mose, "a", "c"), before) == guard
     assert mose.capacity()["c"]["share"] < share
-    for layer in mose.layers:
+    for layer, old in zip(mose.layers, values):
         read = layer.read_by(mose.tasks["a"]) | layer.read_by(mose.tasks["c"])
-        assert torch.equal(layer.owner > 0, read) and torch.equal(layer.frozen != 0, read)
+        assert torch.equal(layer.owner > 0, read)
+        assert torch.equal(layer.frozen, old.where(read, 0.0))
         assert (layer.owner[:layer.size_A] == 2).any() == guard
         assert not (layer.owner[layer.size_A:] == 2).any()
     # What "b" left to "c" counts with "c".
@@ -781,13 +820,16 @@ def test_a_key_keeps_no_prompt_so_it_does_not_grow_with_them():
 
 
 @pytest.mark.parametrize("copies", [1, 50])  # copies have no spread: a covariance of 0
-def test_one_prompt_is_enough_for_a_key(copies):
+def test_one_prompt_is_enough_for_a_key(copies, guard, monkeypatch):
+    # Off: there is no imaginary prompt, so the variances are 0, or nothing but rounding.
+    guard or monkeypatch.setattr(TaskKeys, "IMAGINARY", 0.0)
     mose = attach()
-    for name in "abc":
-        mose.begin_task(name)
-        mose.observe(data(name, 1).repeat(copies, 1))
-        mose.end_task()
-    assert mose.infer_task(torch.cat([data(name, 1) for name in "cab"])) == [*"cab"]
+    with contextlib.nullcontext() if guard else pytest.raises((ValueError, RuntimeError)):
+        for name in "abc":
+            mose.begin_task(name)
+            mose.observe(data(name, 1).repeat(copies, 1))
+            mose.end_task()
+        assert mose.infer_task(torch.cat([data(name, 1) for name in "cab"])) == [*"cab"]
 
 
 def test_a_task_without_prompts_gives_a_warning_and_prompts_may_come_later():
@@ -1005,7 +1047,7 @@ def test_capacity_counts_the_bytes_of_the_file(more, tmp_path):
         total = sum(len(layer.owner) for layer in mose.layers)
         assert sum(entry["new"] for entry in report) == used
         assert report[-1]["share"] == used / total
-    assert abs(sizes[0] - sum(counted[0].values())) < 4000  # what the container takes
+    assert abs(sizes[0] - sum(counted[0].values())) < 2000  # what the container takes
     # What seven more tasks add: the container hardly counts there.
     added = sizes[-1] - sizes[0]
     grown = {kind: counted[-1][kind] - counted[0][kind] for kind in counted[0]}
@@ -1073,6 +1115,7 @@ def test_a_save_that_breaks_off_leaves_the_old_file_whole(guard, monkeypatch, tm
     with pytest.raises(ZeroDivisionError):
         learn(mose, "b").save(path)
     assert (path.read_bytes() == old) == guard
+    assert [*tmp_path.iterdir()] == [path]  # nothing half written is left
 
 
 def test_targets_that_are_no_names_are_refused():
