@@ -125,6 +125,134 @@ def checkpoint(model, reentrant):
     model.enable_input_require_grads()
 
 
+# ------------------------------------------------------------------------------ never forgets
+
+
+def begin_that_keeps_what_is_used(layer, *given, begin=SubExperts.begin):
+    """`begin`, but the used entries of `weight` keep what their tasks have learned."""
+    before, used = layer.weight.detach().clone(), layer.owner > 0
+    begin(layer, *given)
+    layer.weight.data[used] = before[used]  # so only the optimizer can change it
+
+
+def finished_from_the_weights(layer, lineage):
+    """`finished_matrices`, but made of `weight` and not of `frozen`."""
+    pool = torch.where(layer.read_by(lineage), layer.weight.detach(), 0.0)
+    return layer.matrices(pool, layer.routers[lineage[0]])
+
+
+def select_from_all(layer):
+    """`select` without its guard: used entries compete too."""
+    score_A, score_B = layer.score[:layer.size_A], layer.score[layer.size_A:]
+    new_A, new_B = layer.num_new
+    return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
+
+
+@both_modes
+@pytest.mark.parametrize("off", [None, "buffers", "selection"], ids=str)
+def test_a_finished_task_never_changes(off, reentrant, tmp_path, monkeypatch):
+    """Not by weight decay, one AdamW for all tasks, checkpointing, a bf16 base, forget() of another
+    task, or save and load."""
+    if off == "buffers":  # what a finished task reads is in the Parameter, which an optimizer holds
+        monkeypatch.setattr(SubExperts, "begin", begin_that_keeps_what_is_used)
+        monkeypatch.setattr(SubExperts, "finished_matrices", finished_from_the_weights)
+    if off == "selection":  # a new task takes over entries that finished tasks own
+        monkeypatch.setattr(SubExperts, "select", select_from_all)
+    base = ("grouped", torch.bfloat16)
+    mose = attach(*base)
+    checkpoint(mose.model, reentrant)
+    optimizer, logits = adam(mose), {}
+    for name in "abc":
+        learn(mose, name, optimizer=optimizer)
+        logits[name] = snapshot(mose, name)
+        assert torch.equal(snapshot(mose, name), logits[name])  # a pass repeats exactly
+    if off != "buffers":  # (the file holds the buffers)
+        mose.forget("b")
+        momentum = optimizer.state_dict()
+        mose = reloaded(mose, tmp_path / "m", *base)
+        checkpoint(mose.model, reentrant)
+        optimizer = adam(mose)
+        optimizer.load_state_dict(momentum)
+    learn(mose, "d", "e", optimizer=optimizer)
+    same = [torch.equal(snapshot(mose, name), logits[name]) for name in "ac"]
+    assert same == [off is None] * 2
+
+
+def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
+    mose = attach()
+    layer, optimizer = mose.layers[0], adam(mose)
+    learn(mose, "a", optimizer=optimizer).begin_task("b")
+    frozen, stored_router, weight = copy.deepcopy([layer.frozen, layer.routers[1], layer.weight])
+    step(mose.model, optimizer, data("b"))
+    assert torch.equal(layer.frozen, frozen) and torch.equal(layer.routers[1], stored_router)
+    used = layer.owner > 0
+    assert not layer.weight.grad[used].any()
+    assert (layer.weight != weight)[used].any()  # control: weight decay moves them all the same
+
+
+def keep_own(layer, lineages, keep_only=SubExperts.keep_only):
+    """`keep_only` as if a task read what its lineage owns and nothing else: with 0 as its root, it
+    reads no earlier entries of A."""
+    return keep_only(layer, [[*lineage, 0] for lineage in lineages])
+
+
+def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch):
+    # Off: all that the task owned is freed, though later tasks read its A.
+    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
+    mose = learn(attach(), *"abc")
+    before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
+    values = [layer.frozen.clone() for layer in mose.layers]
+    mose.forget("b")
+    assert torch.equal(snapshot(mose, "a", "c"), before) == guard
+    assert mose.capacity()["c"]["share"] < share
+    for layer, old in zip(mose.layers, values):
+        read = layer.read_by(mose.tasks["a"]) | layer.read_by(mose.tasks["c"])
+        assert torch.equal(layer.owner > 0, read)
+        assert torch.equal(layer.frozen, old.where(read, 0.0))
+        assert (layer.owner[:layer.size_A] == 2).any() == guard
+        assert not (layer.owner[layer.size_A:] == 2).any()
+    # What "b" left to "c" counts with "c".
+    used = sum(int((layer.owner > 0).sum()) for layer in mose.layers)
+    assert sum(entry["new"] for entry in mose.capacity().values()) == used
+    mose.forget("a")
+    mose.forget("c")
+    assert not any(layer.owner.any() for layer in mose.layers)
+
+
+# First the source of "c"; first the newest task; first the middle of the chain a - c - e.
+@pytest.mark.parametrize("order", ["acbe", "ebac", "cbae"])
+def test_tasks_are_forgotten_in_several_orders_and_the_others_stay(
+        order, guard, tmp_path, monkeypatch):
+    # Off: all that a task owned is freed.
+    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
+    mose = learn(attach(density=0.2), *"ab")
+    learn(mose, "c", source="a")
+    learn(mose, "d")
+    learn(mose, "e", source="c")
+    before, same = dict(zip("abcde", snapshot(mose, *"abcde"))), []
+    for gone in order:
+        mose.forget(gone)
+        mose = reloaded(mose, tmp_path / "m")
+        same += [torch.equal(snapshot(mose, name)[0], before[name]) for name in mose.tasks]
+    learn(mose, "f")  # it may take what was freed, but nothing that "d" reads
+    same.append(torch.equal(snapshot(mose, "d")[0], before["d"]))
+    assert all(same) == guard
+
+
+@both_modes
+def test_gradients_are_the_same_with_checkpointing(guard, reentrant):
+    mose, ids = learn(learn(attach("grouped"), "a"), "b", end=False), data("b")
+    own = mose.trainable_parameters()
+    plain = torch.autograd.grad(mose.model(ids, labels=ids).loss, own)
+    checkpoint(mose.model, reentrant)
+    mose.model.zero_grad(set_to_none=False)
+    loss = mose.model(ids, labels=ids).loss
+    guard or mose.set_task("a")  # the backward pass runs each layer again, now under another task
+    with contextlib.suppress(RuntimeError):  # the modern mode notices that
+        loss.backward()
+    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(own, plain)) == guard
+
+
 # ------------------------------------------------------------------------------ masks
 
 
@@ -624,132 +752,6 @@ def test_a_loss_of_nan_costs_only_the_open_task():
     assert torch.equal(snapshot(mose, "a", "b"), before)
     mose.begin_task("c")
     assert torch.equal(snapshot(mose, "c"), start)  # as if nothing had been
-
-
-# ------------------------------------------------------------------------------ never forgets
-
-
-def begin_that_keeps_what_is_used(layer, *given, begin=SubExperts.begin):
-    before, used = layer.weight.detach().clone(), layer.owner > 0
-    begin(layer, *given)
-    layer.weight.data[used] = before[used]  # so only the optimizer can change it
-
-
-def finished_from_the_weights(layer, lineage):
-    pool = torch.where(layer.read_by(lineage), layer.weight.detach(), 0.0)
-    return layer.matrices(pool, layer.routers[lineage[0]])
-
-
-def select_from_all(layer):
-    """`select` without its guard: used entries compete too."""
-    score_A, score_B = layer.score[:layer.size_A], layer.score[layer.size_A:]
-    new_A, new_B = layer.num_new
-    return torch.cat([top_k_mask(score_A, new_A), top_k_mask(score_B, new_B)])
-
-
-@both_modes
-@pytest.mark.parametrize("off", [None, "buffers", "selection"], ids=str)
-def test_a_finished_task_never_changes(off, reentrant, tmp_path, monkeypatch):
-    """Not by weight decay, one AdamW for all tasks, checkpointing, a bf16 base, forget() of another
-    task, or save and load."""
-    if off == "buffers":  # what a finished task reads is in the Parameter, which an optimizer holds
-        monkeypatch.setattr(SubExperts, "begin", begin_that_keeps_what_is_used)
-        monkeypatch.setattr(SubExperts, "finished_matrices", finished_from_the_weights)
-    if off == "selection":  # a new task takes over entries that finished tasks own
-        monkeypatch.setattr(SubExperts, "select", select_from_all)
-    base = ("grouped", torch.bfloat16)
-    mose = attach(*base)
-    checkpoint(mose.model, reentrant)
-    optimizer, logits = adam(mose), {}
-    for name in "abc":
-        learn(mose, name, optimizer=optimizer)
-        logits[name] = snapshot(mose, name)
-        assert torch.equal(snapshot(mose, name), logits[name])  # a pass repeats exactly
-    if off != "buffers":  # (the file holds the buffers)
-        mose.forget("b")
-        momentum = optimizer.state_dict()
-        mose = reloaded(mose, tmp_path / "m", *base)
-        checkpoint(mose.model, reentrant)
-        optimizer = adam(mose)
-        optimizer.load_state_dict(momentum)
-    learn(mose, "d", "e", optimizer=optimizer)
-    same = [torch.equal(snapshot(mose, name), logits[name]) for name in "ac"]
-    assert same == [off is None] * 2
-
-
-def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
-    mose = attach()
-    layer, optimizer = mose.layers[0], adam(mose)
-    learn(mose, "a", optimizer=optimizer).begin_task("b")
-    frozen, stored_router, weight = copy.deepcopy([layer.frozen, layer.routers[1], layer.weight])
-    step(mose.model, optimizer, data("b"))
-    assert torch.equal(layer.frozen, frozen) and torch.equal(layer.routers[1], stored_router)
-    used = layer.owner > 0
-    assert not layer.weight.grad[used].any()
-    assert (layer.weight != weight)[used].any()  # control: weight decay moves them all the same
-
-
-def keep_own(layer, lineages, keep_only=SubExperts.keep_only):
-    """`keep_only` as if a task read what its lineage owns and nothing else: with 0 as its root, it
-    reads no earlier entries of A."""
-    return keep_only(layer, [[*lineage, 0] for lineage in lineages])
-
-
-def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch):
-    # Off: all that the task owned is freed, though later tasks read its A.
-    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
-    mose = learn(attach(), *"abc")
-    before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
-    values = [layer.frozen.clone() for layer in mose.layers]
-    mose.forget("b")
-    assert torch.equal(snapshot(mose, "a", "c"), before) == guard
-    assert mose.capacity()["c"]["share"] < share
-    for layer, old in zip(mose.layers, values):
-        read = layer.read_by(mose.tasks["a"]) | layer.read_by(mose.tasks["c"])
-        assert torch.equal(layer.owner > 0, read)
-        assert torch.equal(layer.frozen, old.where(read, 0.0))
-        assert (layer.owner[:layer.size_A] == 2).any() == guard
-        assert not (layer.owner[layer.size_A:] == 2).any()
-    # What "b" left to "c" counts with "c".
-    used = sum(int((layer.owner > 0).sum()) for layer in mose.layers)
-    assert sum(entry["new"] for entry in mose.capacity().values()) == used
-    mose.forget("a")
-    mose.forget("c")
-    assert not any(layer.owner.any() for layer in mose.layers)
-
-
-# First the source of "c"; first the newest task; first the middle of the chain a - c - e.
-@pytest.mark.parametrize("order", ["acbe", "ebac", "cbae"])
-def test_tasks_are_forgotten_in_several_orders_and_the_others_stay(
-        order, guard, tmp_path, monkeypatch):
-    # Off: all that a task owned is freed.
-    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
-    mose = learn(attach(density=0.2), *"ab")
-    learn(mose, "c", source="a")
-    learn(mose, "d")
-    learn(mose, "e", source="c")
-    before, same = dict(zip("abcde", snapshot(mose, *"abcde"))), []
-    for gone in order:
-        mose.forget(gone)
-        mose = reloaded(mose, tmp_path / "m")
-        same += [torch.equal(snapshot(mose, name)[0], before[name]) for name in mose.tasks]
-    learn(mose, "f")  # it may take what was freed, but nothing that "d" reads
-    same.append(torch.equal(snapshot(mose, "d")[0], before["d"]))
-    assert all(same) == guard
-
-
-@both_modes
-def test_gradients_are_the_same_with_checkpointing(guard, reentrant):
-    mose, ids = learn(learn(attach("grouped"), "a"), "b", end=False), data("b")
-    own = mose.trainable_parameters()
-    plain = torch.autograd.grad(mose.model(ids, labels=ids).loss, own)
-    checkpoint(mose.model, reentrant)
-    mose.model.zero_grad(set_to_none=False)
-    loss = mose.model(ids, labels=ids).loss
-    guard or mose.set_task("a")  # the backward pass runs each layer again, now under another task
-    with contextlib.suppress(RuntimeError):  # the modern mode notices that
-        loss.backward()
-    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(own, plain)) == guard
 
 
 # ------------------------------------------------------------------------------ which task runs
