@@ -386,8 +386,9 @@ def in_bf16(results, rounded, size="bytes_bf16"):
 # {name of runs on tiny-llm: that of the same on SmolLM2, in results/smollm2.json}
 ON_SMOLLM2 = {
     LORAS[1]: "task_lora r1 1e-2", LORAS[2]: "task_lora r2 1e-2", LORAS[8]: "task_lora",
-    "mose 0.001": "mose .001 1e-2", "mose 0.003": "mose .003 1e-2", "mose 0.005": "mose .005 1e-2",
-    "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2", "mose 0.03": "mose .03 1e-2",
+    "mose 0.0003": "mose .0003 1e-2", "mose 0.001": "mose .001 1e-2", "mose 0.003": "mose .003 1e-2",
+    "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2",
+    "mose 0.03": "mose .03 1e-2",
     "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2",
     "fixed A 0.02": "fixed A .02 2e-2", "VeRA r256 1e-1": "VeRA r256 1e-1"}
 
@@ -407,7 +408,7 @@ def draw(results, rounded, large, file):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     draw_panel(axes[0], results, "tiny-llm, 1.1M parameters (ten seeds)", (5, 10, 20, 50))
     draw_panel(axes[1], large, "SmolLM2-135M (three seeds; no bar: one)",
-               (50, 100, 200, 500, 1000, 2000))
+               (30, 50, 100, 200, 500, 1000, 2000))
     axes[0].set_ylabel("OP: mean score of eight tasks")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", fontsize=9)
     figure.suptitle("The eight tasks of trace-mini (synthetic), in fp32, with the keys of MoSEs. "

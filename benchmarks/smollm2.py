@@ -45,11 +45,11 @@ It was made in twelve steps, and the rule of each was written before it ran:
 11. Four more rows of `long`, with three seeds each. Nothing is chosen by them: they show more sizes,
     and how much of a difference is chance. They are rank 2 (step 8), the densities 0.001 and 0.03
     with 1e-2, and `mose again`: the default density with 1e-2, other draws and another order of the
-    data. (0.03 has not run with all seeds yet.)
+    data.
 12. The smallest size of all, density 0.0003 with 1e-2: some 1,100 numbers for a task. Nothing is
     chosen by it. And `lora`, `replay` and `joint` in `long` were of the earlier version too (step
-    10). They run again with today's code, and replace the old ones whatever comes out. (So far, this
-    is seed 0 of `joint`, which has 96.6.)
+    10). They run again with today's code, and replace the old ones whatever comes out. (So far, seed
+    0 of density 0.0003 ran, and seed 0 of `joint`, which has 96.6.)
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. (The runs of MoSEs and `tested once` in `whole` had both
