@@ -695,6 +695,7 @@ class MoSE:
         finished task is worth it. Raises ValueError if probe() returns a number below 0 or not
         finite, or if `guess` is not 0 or more.
         """
+        guess = same_on_all_ranks(float(guess))
         expect(guess >= 0, f"guess: got {guess}, expected an error >= 0")
         if not self.tasks:
             return None, 1.0
@@ -705,7 +706,7 @@ class MoSE:
             expect(0 <= errors[source] < math.inf,
                    f"probe() gave {errors[source]} under {source!r}, expected a number >= 0")
         # Without a source, a task has the error of the base or that of the best constant answer.
-        without = min(errors.pop(None), same_on_all_ranks(float(guess)))
+        without = min(errors.pop(None), guess)
         # Only the finished tasks are left in `errors`.
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
@@ -774,7 +775,7 @@ class MoSE:
         modules = [*targets, self.model.get_input_embeddings()]
         self.needed = [path for path, module in self.model.named_modules() if module in modules]
 
-    # ---- checks
+    # ---- whether a task is open, and can learn
 
     def _close(self):
         """Leave no task open."""
@@ -1064,8 +1065,8 @@ class TaskKeys:
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (dim, dim), C is made of it: the sum of all scatter matrices, each divided as
             `merge` says. A scatter matrix is the sum of (x - mean) (x - mean)^T over prompts, here
-            with the x of whole prompts.
-            `pooled` stays when a task is forgotten, since it tells how prompts differ in general.
+            with the x of whole prompts. `pooled` stays when a task is forgotten, since it tells how
+            prompts differ in general.
     """
 
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:

@@ -26,9 +26,9 @@ By default these are lora, replay, task_lora and mose.
 
 Answers are decoded greedily (TRACE samples at temperature 0.1), up to the length of the longest
 answer in train (TRACE: up to 512 tokens), or four tokens where only the first letter counts. They
-are scored by TRACE's metrics. On real TRACE data the
-scores compare with papers that use its 0.5K split, order and metrics, for the same base model only.
-No score on trace-mini compares with any paper's.
+are scored by TRACE's metrics. On real TRACE data the scores compare with papers that use its 0.5K
+split, order and metrics, for the same base model only. No score on trace-mini compares with any
+paper's.
 """
 
 # /// script
@@ -78,8 +78,8 @@ def learn_in_a_row(record, model, tokenizer, tasks, bar):
     bar: the progress bar of all methods.
 
     The adapters of all methods have those methods of MoSE that are called here. What means nothing
-    to a LoRA does nothing there: it never starts from a finished task (best_source gives None, 1.0),
-    and it does not recognise prompts (observe does nothing). Where one LoRA serves all tasks,
+    to a LoRA does nothing there: it never starts from a finished task (best_source gives None,
+    1.0), and it does not recognise prompts (observe does nothing). Where one LoRA serves all tasks,
     set_task takes any name.
     """
     method, args = record.method, record.args
@@ -307,8 +307,8 @@ def session(todo, runs, args):
                          "--checkpointing, if one row is too long):\n"
                          + to_go_on(todo, f" --tokens {fewer}")) from error
     except OSError as error:  # say, no space is left
-        raise ValueError(f"{error}\nWhat was learned and tested before is saved. When this is mended, "
-                         f"go on:\n{to_go_on(todo)}") from error
+        raise ValueError(f"{error}\nWhat was learned and tested before is saved. When this is "
+                         f"mended, go on:\n{to_go_on(todo)}") from error
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what was learned and tested is saved. To go on:\n"
                  + to_go_on(todo))

@@ -18,6 +18,16 @@ from test_mose import (
 pytestmark = pytest.mark.filterwarnings("ignore:task .* learned nothing")
 
 
+def recognising(**prompts):
+    """A MoSE that has a key of each of these tasks, {name: prompts}, and has learned nothing."""
+    mose = attach()
+    for name, its_prompts in prompts.items():
+        mose.begin_task(name)
+        mose.observe(its_prompts)
+        mose.end_task()
+    return mose
+
+
 def test_a_new_task_starts_from_an_a_and_a_router_of_the_promised_spread():
     mose = attach(router_std=2.0)
     mose.begin_task("a")
@@ -183,11 +193,7 @@ def test_a_task_counts_in_the_covariance_by_the_root_of_its_variance():
 
 
 def test_distances_do_not_depend_on_how_much_the_covariance_is_shrunk(monkeypatch):
-    mose, sure = attach(), []
-    for name in "ab":
-        mose.begin_task(name)
-        mose.observe(data(name, 4))
-        mose.end_task()
+    mose, sure = recognising(a=data("a", 4), b=data("b", 4)), []
     for shrinkage in (1e3, 1e6):  # with both it is the identity
         monkeypatch.setattr(TaskKeys, "SHRINKAGE", shrinkage)
         sure.append(torch.tensor(mose.infer_task(data("new c"), return_confidence=True)[1]))
@@ -197,11 +203,7 @@ def test_distances_do_not_depend_on_how_much_the_covariance_is_shrunk(monkeypatc
 def test_a_few_prompts_are_enough_to_be_sure(guard, monkeypatch):
     # Off: the covariance of five prompts is taken as it is.
     guard or monkeypatch.setattr(TaskKeys, "SHRINKAGE", 0.0)
-    mose = attach()
-    for name in "abc":
-        mose.begin_task(name)
-        mose.observe(data(name, 5))
-        mose.end_task()
+    mose = recognising(**{name: data(name, 5) for name in "abc"})
     prompts = torch.cat([data(f"new {name}", 20) for name in "abc"])
     _, sure = mose.infer_task(prompts, return_confidence=True)
     assert (sum(s > 0.5 for s in sure) > 30) == guard  # of 60
@@ -217,10 +219,7 @@ def test_between_two_tasks_that_are_alike_nothing_is_sure():
 def test_prompts_that_come_in_portions_make_the_same_common_tokens():
     common = []
     for first, *later in ([data("a", 64, 60)], data("a", 64, 60).split(16)):
-        mose = attach()
-        mose.begin_task("a")
-        mose.observe(first)
-        mose.end_task()
+        mose = recognising(a=first)
         for prompts in later:
             mose.observe(prompts, task="a")
         common.append(mose.keys.tasks["a"][-1])
@@ -231,18 +230,12 @@ def test_prompts_that_come_in_portions_make_the_same_common_tokens():
 
 def test_a_token_is_common_if_19_of_20_prompts_hold_it():
     for held, common in ((19, {60}), (18, set())):
-        mose = attach()
-        mose.begin_task("a")
-        mose.observe(torch.tensor([[60]] * held + [[1]] * (20 - held)))
-        mose.end_task()
+        mose = recognising(a=torch.tensor([[60]] * held + [[1]] * (20 - held)))
         assert {*mose.keys.tasks["a"][-1]} == common
 
 
 def test_one_task_alone_shares_nothing():
-    mose = attach()
-    mose.begin_task("a")
-    mose.observe(torch.cat([TEMPLATE, data("a", 64)], dim=1))
-    mose.end_task()
+    mose = recognising(a=torch.cat([TEMPLATE, data("a", 64)], dim=1))
     assert mose.keys.tasks["a"][-1] and mose.keys.shared_tokens().tolist() == []
 
 

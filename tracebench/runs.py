@@ -211,10 +211,10 @@ class Record:
     task inferred from the prompt. samples[t]: the first two answers to each task tested then.
     A value for each lesson: bytes, of the adapter's file; source, the finished task that it started
     from, or None; new, how many numbers it added; used, which share of all numbers of the adapter is
-    in use after it (for a LoRA 1); epochs. seconds_training: of all lessons
-    without their tests, so with the probes, the keys and the files. task_id_accuracy: for each task
-    of the last test, the percent of prompts whose task was inferred right. op_error: the standard
-    error of the mean of all tasks, when all were tested last.
+    in use after it (for a LoRA 1); epochs.
+    seconds_training: of all lessons without their tests, so with the probes, the keys and the files.
+    task_id_accuracy: for each task of the last test, the percent of prompts whose task was inferred
+    right. op_error: the standard error of the mean of all tasks, when all were tested last.
     """
 
     def __init__(self, folder, method, tasks, args):
