@@ -6,8 +6,8 @@ introduction and captions. Copy this file: it needs only torch, 2.13 or newer.
 The base model is frozen. Each adapted linear layer y = x W, with D inputs and O outputs, gets a
 mixture of E low-rank experts. Expert e is a pair of matrices A_e (D, R) and B_e (R, O) of rank R.
 All weights of the layer's experts form its pool. A task owns a few entries of each pool: its mask
-selects those with the best scores among the free entries, which no finished task owns. It selects
-in A and in B separately, and the scores are learned with the weights. The part of an expert that a
+selects those with the best scores among the free entries, which nobody owns yet. It selects in A
+and in B separately, and the scores are learned with the weights. The part of an expert that a
 task reads is a SubExpert. In each layer a task also has a router, whose gates weigh the experts for
 each token. All but top_k gates are 0:
 
@@ -15,35 +15,38 @@ each token. All but top_k gates are 0:
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
     A, B = reads * where(used, frozen, weight)                                        (3)
 
-In (1), the router does not see the D numbers of a token: `projection`, which is random and fixed,
-makes P numbers of them. In (2), `scale` is a constant. (3) is about all entries of the pool:
+In (1), `router` has E rows of P numbers. It does not see the D numbers of a token: `projection`
+(D, P), which is random and fixed, makes P numbers of them. In (2), `scale` is a constant. (3) is
+about all entries of the pool:
 
-    used     marks the entries that finished tasks own, and the others are free.
-    frozen   has the values of the used entries. It is a buffer, so no optimizer holds it.
-    weight   has the values of the free entries, which the optimizer changes.
     reads    marks the entries that the task in force reads, and all others count as 0. (The task
              in force is the one that the forward pass applies.)
+    used     marks the entries that finished tasks own, and the others are free. (When a task is
+             forgotten, those that others read stay used.)
+    frozen   has the values of the used entries. It is a buffer, so no optimizer holds it.
+    weight   has the values of the free entries, which the optimizer changes.
 
 A task reads the entries that it owns, and some that finished tasks own: usually all entries of A
 that were used when it began. Their values are stored already, so it takes no more bytes to read
 them. But a task may start from a finished task, its source. Besides its own entries, it then reads
 what its source reads and no others.
 
-Since only free entries can be selected, and the routers of finished tasks are stored, nothing that
-a finished task computes can change: forgetting is ruled out by construction. (Which task is found
-for a prompt can still change when there are more tasks.)
+Nothing that a finished task computes can change. Later tasks can only select free entries, so the
+values that it reads stay. Which entries it reads stays the same too, since those that later tasks
+select are none of them. And its routers are stored. So forgetting is ruled out by construction.
+(Which task is found for a prompt can still change when there are more tasks.)
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
-    mose.observe(prompt_ids)                            # makes the key that recognises the task
+    mose.observe(train_prompt_ids)                      # makes the key that recognises the task
     rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate)
-    for ids, labels in batches:
+    for ids, labels in batches:                         # labels: -100 on prompt and padding
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     mose.end_task()
-    mose.set_task(mose.infer_task(prompt_ids))          # or set_task("FOMC") if the task is known
+    mose.set_task(mose.infer_task(test_prompt_ids))     # or set_task("FOMC") if the task is known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
 `projection` makes of a token, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch.
@@ -57,9 +60,9 @@ source, and a prompt its task, is wholly ours.
 DIFFERS marks where we depart from Winning SubNetworks (ICML 2022), on which the method builds. In
 these, each weight of a network has a learned score, and the mask of a task selects the best ones.
 
-To learn the method, read down to the line in the middle of the class MoSE that says so, without the
-end of the class SubExperts, which is marked. What comes after that line is forgetting, saving and
-checks, with one exception: how a prompt finds its task is in TaskKeys.
+To learn the method, read down to the double line in the class MoSE. Skip the last part of the class
+SubExperts, which says that it is not the method. Below the double line are forgetting, saving and
+checks, and also TaskKeys: how a prompt finds its task.
 """
 
 import contextlib
@@ -185,8 +188,9 @@ CPU_FP32 = {"dtype": torch.float32, "device": "cpu"}  # the caller may have chan
 
 
 class SubExperts(nn.Module):
-    """The experts of one linear layer, from which each task's mask cuts its SubExperts, and the
-    routers of all tasks.
+    """All that one linear layer holds: the experts of all tasks, in one pool, and their routers.
+
+    (What a task reads of these experts are its SubExperts.)
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
     e*R .. (e+1)*R of A and the same rows of B. `projection` (D, P) is a buffer. If the config says
@@ -212,8 +216,9 @@ class SubExperts(nn.Module):
 
     The task in force is what the forward pass applies. Each row of a batch may have its own:
     in_force        [(rows, matrices)], a pair for each task in force. `rows` are its rows of the
-                    batch, or None for all rows. `matrices` is what the method of this name returns
-                    for the task, or None for the open task, since its matrices change at each step.
+                    batch, or None for all rows. `matrices` are the two by which a token is
+                    multiplied (see the method of this name). For the open task it is None: its
+                    matrices change at each step, so they are made anew in each pass.
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
 
     handle          of the forward hook, by which it is found again
@@ -225,8 +230,8 @@ class SubExperts(nn.Module):
         self.config = config
         D, O = in_out(linear)
         width = config.num_experts * config.rank  # E*R
-        self.shape_A = (0 if config.fixed_A else D), width
-        self.shape_B = width, O
+        self.shape_A = (0 if config.fixed_A else D, width)
+        self.shape_B = (width, O)
         self.size_A = math.prod(self.shape_A)
         zeros = torch.zeros(self.size_A + math.prod(self.shape_B), device=device_of(linear),
                             dtype=torch.float32)
@@ -238,8 +243,9 @@ class SubExperts(nn.Module):
         # for each task as the matrix A of a LoRA of rank E. (fixed_signs gives numbers -1 or 1, the
         # same on every machine. Divided by sqrt(D), they keep the mean square of a token.)
         projection = fixed_signs(D, config.router_dim) / math.sqrt(D)
-        # No buffer is in state_dict(). If `frozen` and `owner` were, loading an old state_dict()
-        # would undo finished tasks. The others need not be kept, since they are made anew.
+        # None of these buffers is persistent, so none is in state_dict(). If `frozen` and `owner`
+        # were, loading an old state_dict() would undo finished tasks. The others need not be kept,
+        # since they are made anew.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
         if config.fixed_A:
             # Its variance is 1 / (3 D), that of an A that is learned, which is uniform in
@@ -287,7 +293,7 @@ class SubExperts(nn.Module):
         # of Adam moves a score by about the learning rate. With the rate at the top of this file,
         # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (In
         # the first step no score has a gradient: B is 0, so its values and the gradients of A are
-        # 0. With a source, all new values are 0.)
+        # 0. With a source, all new values are 0. So the first step learns on a random selection.)
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
@@ -313,9 +319,11 @@ class SubExperts(nn.Module):
 
         These are the entries that the tasks of its lineage own, and the entries of A that were
         used when its root began. The root is the last number of the lineage: the task that started
-        as the bare base. Entries that were used then belong to tasks with smaller numbers.
+        as the bare base. Entries that were used then belong to tasks with smaller numbers. No later
+        task has such a number, so this set never grows.
 
-        For a finished task, this is `reads` of equation (3).
+        For a finished task, this is `reads` of equation (3). For a task that begins and owns
+        nothing yet, it is what the task inherits.
         """
         # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
         # that, and its B gets more input. It does not read the used entries of B, which would add
@@ -350,8 +358,9 @@ class SubExperts(nn.Module):
 
     @torch.no_grad()
     def round_to_bf16(self):
-        """Round what the open task has learned, so that later tasks read what a file will hold."""
-        # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing.
+        """Round what the open task has learned, so that its file is smaller."""
+        # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing. This
+        # is done here and not in `save`, so that later tasks learn on the rounded values.
         self.weight.copy_(self.weight.bfloat16())
         self.router.copy_(self.router.bfloat16())
 
@@ -490,9 +499,9 @@ class MoSE:
     active  the task in force, which the forward pass applies: what `set_task` got
     keys    the TaskKeys, by which prompts find their task
 
-    All methods raise ValueError for what they can't do. Several threads may run the model at the
-    same time. But while one runs it, or a method of this object, no other thread may change the
-    tasks, or which of them is in force.
+    The methods raise ValueError for a name, a value or a state that does not fit. Several threads
+    may run the model at the same time. But while one runs it, or a method of this object, no other
+    thread may change the tasks, or which of them is in force.
     """
 
     @torch.inference_mode(False)  # Parameters made in inference mode could never be trained
@@ -504,7 +513,7 @@ class MoSE:
         model, or if the model can't be adapted.
         """
         self.model = model
-        self.config = config or MoSEConfig()
+        self.config = MoSEConfig() if config is None else config
         expect(isinstance(self.config, MoSEConfig),
                f"config: got {config!r}, expected a MoSEConfig")
         self.tasks = {}
@@ -550,14 +559,14 @@ class MoSE:
             layer.begin(lineage, need, generator)
         # A task with a source may get no new entry: then its routers learn alone.
         expect(source is not None or any(layer.can_learn() for layer in self.layers),
-               f"{name!r} gets no entry of A or of B: need x density x free entries is under 1. "
-               "forget() a task, or attach with more rank, or another density")
+               f"{name!r} gets no entry of A or none of B, in each layer: need x density x their "
+               "free entries is under 1. forget() a task, or attach with more rank, or another "
+               "density")
         for layer in self.layers:
             layer.is_open = True
         self.last_number += 1
-        self.open = name
-        self.open_lineage = lineage
-        self.open_sums = self.keys.new_sums()  # over the prompts that are observed, for its key
+        sums = self.keys.new_sums()  # over the prompts that are observed, for its key
+        self.open, self.open_lineage, self.open_sums = name, lineage, sums
         self.set_task(name)
 
     def trainable_parameters(self):
@@ -618,9 +627,11 @@ class MoSE:
         Keep the task until after backward(), since gradient checkpointing runs the forward pass
         once more. Only the open task learns: put it in force again before you go on training.
 
-        A target layer that is replaced later has no experts. This is noticed when the next task is
-        put in force, begun or ended. Raises ValueError for a task that is not known, an empty list,
-        or a target that has lost its hook.
+        If other code than model.to() moves the layers to another device, as dispatch_model of
+        accelerate does, put the task in force again. A target layer that is replaced later has no
+        experts, or copies of them. This is noticed when the next task is put in force, begun or
+        ended. Raises ValueError for a task that is not known, an empty list, or a target that has
+        lost its hook or was replaced.
         """
         expect(task is None or isinstance(task, (str, list)),
                f"task: got {task!r}, expected a name, None or a list of names")
@@ -769,11 +780,12 @@ class MoSE:
         self.trainable_before = [
             (module, key) for module in self.model.modules()
             for key, p in module.named_parameters(recurse=False) if p.requires_grad]
-        self.base = fingerprint(self.model)
+        self.base_fingerprint = fingerprint(self.model)
         # `load` compares the tensors whose names both bases have. Each adapted layer, and the
         # embeddings, must have at least one tensor among them.
         modules = [*targets, self.model.get_input_embeddings()]
-        self.needed = [path for path, module in self.model.named_modules() if module in modules]
+        self.needed_paths = [
+            path for path, module in self.model.named_modules() if module in modules]
 
     # ---- whether a task is open, and can learn
 
@@ -820,6 +832,7 @@ class MoSE:
         self._close()
         for layer in self.layers:
             layer.is_open = False
+        for layer in self.layers:
             layer.routers.pop(number, None)
             layer.keep_only(self.tasks.values())
         counts = self._counts()
@@ -899,8 +912,9 @@ class MoSE:
         total = sum(len(layer.owner) for layer in self.layers)
         # Of a number that is rounded to bf16, two bytes are 0, and compress to nothing.
         bytes_of_number = 2 if self.config.round_to_bf16 else 4
-        routers = bytes_of_number * sum(layer.router.numel() for layer in self.layers)
-        keys, counts = self.keys.key_bytes(), self._counts()
+        router_bytes = bytes_of_number * sum(layer.router.numel() for layer in self.layers)
+        key_bytes = self.keys.key_bytes()
+        counts = self._counts()
         used, before = 0, 0
         for name, (number, *_) in self.tasks.items():
             # (Numbers between those of two tasks are of forgotten ones.)
@@ -910,7 +924,7 @@ class MoSE:
             used += new
             size = {"masks": sum(len(places) for _, places, _ in own),
                     "values": sum(len(values) for _, _, values in own),
-                    "routers": routers, "keys": keys.get(name, 0)}
+                    "routers": router_bytes, "keys": key_bytes.get(name, 0)}
             report[name] = {"new": new, "share": used / total, "bytes": size}
         return report
 
@@ -922,16 +936,16 @@ class MoSE:
         """
         expect(self.open is None, f"task {self.open!r} is open: call end_task() before save()")
         # This object keeps the rounded one, so it finds the same tasks as one that loads the file.
-        self.keys.restore(*self.keys.state())
+        keys = self.keys.state()
+        self.keys.restore(*keys)
         entries = {number: self._pack(number, count) for number, count in self._counts().items()}
         routers = {number: torch.stack([layer.routers[number] for layer in self.layers])
                    for number, *_ in self.tasks.values()}  # {number: (layers, E, P)}
         buffer = io.BytesIO()
         torch.save({
-            "config": dataclasses.asdict(self.config), "base": self.base,
+            "config": dataclasses.asdict(self.config), "base": self.base_fingerprint,
             "last_number": self.last_number, "tasks": self.tasks, "entries": entries,
-            "routers": routers,
-            "keys": self.keys.state(),
+            "routers": routers, "keys": keys,
         }, buffer)
         path = os.path.realpath(path)  # a link stays a link
         # A random name, since several processes or threads may save at the same time.
@@ -985,13 +999,12 @@ class MoSE:
         """`_restore`, with a ValueError that names the file."""
         try:
             self._restore(**state)
-        except (lzma.LZMAError, LookupError, TypeError, ValueError, AttributeError,
-                RuntimeError) as error:
+        except Exception as error:  # a damaged file may hold anything
             raise ValueError(f"{path}: damaged, or not for this base: {error}") from error
 
     def _restore(self, base, last_number, tasks, entries, routers, keys):
         """The inverse of `save`. ValueError says what is not as it was written for this base."""
-        other = differences(base, self.base, self.needed)
+        other = differences(base, self.base_fingerprint, self.needed_paths)
         expect(not other, "it was made on a base of other layers, weights or positions: "
                f"{len(other)} differ: {', '.join(other[:3])}")
         sizes = [len(layer.owner) for layer in self.layers]
@@ -1013,8 +1026,10 @@ class MoSE:
         expect(len(numbers) == len(tasks), "two of its tasks have the same number")
         shape = len(self.layers), *self.layers[0].router.shape
         for name, lineage in tasks.items():
-            expect(0 < min(lineage) and max(lineage) <= last_number,
-                   f"task {name!r} has the lineage {lineage}, expected numbers 1 to {last_number}")
+            falling = sorted({*lineage}, reverse=True)  # a source is older than its task
+            expect(lineage == falling and 0 < min(lineage) and max(lineage) <= last_number,
+                   f"task {name!r} has the lineage {lineage}, expected falling numbers from "
+                   f"{last_number} to 1")
             found = tuple(routers[lineage[0]].shape)
             expect(found == shape, f"the routers of {name!r} are {found}, expected {shape}")
         self.keys.restore(*keys)
@@ -1057,7 +1072,7 @@ class TaskKeys:
 
     Only running sums are kept, and no prompt.
 
-    tasks   {name: (count, mean, variance, common)} of the finished tasks:
+    tasks   {name: (count, mean, variance, common)} of the finished tasks that have a key:
             count     number of prompts
             mean      (dim,), of whole prompts, with the shared text. So it is not m.
             variance  of whole prompts, a number: the mean over all dimensions. It is not s^2.
@@ -1183,7 +1198,8 @@ class TaskKeys:
         self.tasks[name] = count, mean.float(), variance, common
         # CHOICE: the scatter of a task is divided by the root of its variance. Short prompts have a
         # large variance. Undivided, their task would dominate the covariance. Divided by the
-        # variance, it would count like any other, though such tasks are harder to tell apart.
+        # variance, it would count no more than others. But tasks of short prompts are the harder
+        # ones to tell apart, so the covariance should be theirs more than that of others.
         self.pooled += scatter / math.sqrt(variance)
 
     # ---- which task
@@ -1299,7 +1315,8 @@ class TaskKeys:
 
 # ------------------------------------------------------------------------------ helpers
 
-FORMAT = b"MoSE 6\n"  # how the files begin that `save` writes
+# How the files begin that `save` writes. The number rises if they are to be read in another way.
+FORMAT = b"MoSE 6\n"
 MORE = "see docs/works-with.md in the repository of mose.py"
 
 
@@ -1360,7 +1377,7 @@ def check_model(model):
     """Raise ValueError for a model that can't be adapted."""
     names = [name for name, _ in model.named_modules()]
     # By name and not by class: another copy of this file has another class SubExperts.
-    owners = [type(owner).__name__ for owner in hooks_of(model).values()]
+    owners = [type(owner).__name__ for _, owner in hooks_of(model)]
     there = "SubExperts" in owners or any(name.endswith("sub_experts") for name in names)
     expect(not there,
            "a MoSE is attached to this model already: detach() it first. (A deepcopy of the model "
@@ -1387,21 +1404,29 @@ def check_model(model):
 
 
 def hooks_of(model):
-    """{id: object whose method it is, or None} of all forward hooks in a model."""
-    return {key: getattr(hook, "__self__", None) for module in model.modules()
-            for key, hook in module._forward_hooks.items()}
+    """[(id, object whose method it is, or None)] of all forward hooks in a model. A deepcopy of a
+    layer has hooks of the same ids."""
+    return [(key, getattr(hook, "__self__", None)) for module in model.modules()
+            for key, hook in module._forward_hooks.items()]
 
 
 def check_layers(model, layers):
-    """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
+    """Raise ValueError if somebody has removed a hook, copied a layer, or sharded the experts."""
     hooks = hooks_of(model)
-    owners = {id(owner) for owner in hooks.values()}
+    owners = {id(owner) for _, owner in hooks}
+    without_owner = {key for key, owner in hooks if owner is None}
     for layer in layers:
         # A hook that somebody has wrapped in a function still has its id. In a copy of the linear
         # layer, which quantize_dynamic makes, it has another id and still belongs to `layer`.
-        expect(layer.handle.id in hooks or id(layer) in owners,
+        expect(id(layer) in owners or layer.handle.id in without_owner,
                "the hook of a target is gone, so the layer would be the bare base: detach() this "
                "MoSE (unless you did), and load() it again")
+    ids = {id(layer) for layer in layers}
+    copies = [owner for _, owner in hooks
+              if isinstance(owner, SubExperts) and id(owner) not in ids]
+    expect(not copies, f"{len(copies)} targets are copies of layers with experts, so they would "
+                       "never get another task: copy layers before you attach a MoSE")
+    for layer in layers:
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
                "the experts are sharded: shard the base first and attach the experts then, or pass "
                f"all parameters of mose.layers as ignored_params ({MORE})")
@@ -1454,10 +1479,10 @@ def autocast_off(device):
     return contextlib.nullcontext()
 
 
-def expect_rows(x, rows):
+def expect_rows(x, num_rows):
     """Raise ValueError unless x (B, .., D) has a row for each task of the list in force."""
-    expect(x.dim() >= 3 and len(x) == rows,
-           f"a list of {rows} tasks is in force, and a layer got {tuple(x.shape)}: expected as "
+    expect(x.dim() >= 3 and len(x) == num_rows,
+           f"a list of {num_rows} tasks is in force, and a layer got {tuple(x.shape)}: expected as "
            "many rows. generate() repeats each example for beams and for several answers: repeat "
            "its name as often, side by side. A layer that gets tokens without their batch takes "
            "one task only")

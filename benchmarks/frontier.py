@@ -435,16 +435,16 @@ def draw_points(axis, results):
     """Each method at its sizes."""
     results = {name: r for name, r in results.items()
                if not name.startswith("task_lora") or name.rsplit(" ", 1)[0] in LORAS.values()}
-    below, above = (5, -12), (-6, 9)  # where the names of points stand
+    right, left, above = (5, -12), (-6, -12), (-6, 9)  # where the names of points stand
     for start, label, style, colour, place in (
-            ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2", below),
-            ("VeRA r256", "a VeRA of rank 256 for each task", "^", "#d55e00", below),
-            ("FrozenA r", "a LoRA with a frozen A for each task (rank)", "s:", "#56b4e9", below),
+            ("task_lora r", "a LoRA for each task (rank)", "s--", "#0072b2", right),
+            ("VeRA r256", "a VeRA of rank 256 for each task", "^", "#d55e00", right),
+            ("FrozenA r", "a LoRA with a frozen A for each task (rank)", "s:", "#56b4e9", right),
             ("SHiRA r1", "a SHiRA for each task, as large as a LoRA of rank 1", "v", "#cc79a7",
-             below),
-            ("mose 0.", "MoSEs (density)", "o-", "black", below),
-            ("one expert 0.01", "MoSEs, one expert, density 0.01", "D", "#e69f00", below),
-            ("fixed A 0.", "MoSEs with a fixed A (density)", "o:", "#999999", below),
+             right),
+            ("mose 0.", "MoSEs (density)", "o-", "black", right),
+            ("one expert 0.01", "MoSEs, one expert, density 0.01", "D", "#e69f00", right),
+            ("fixed A 0.", "MoSEs with a fixed A (density)", "o:", "#999999", left),
             ("fixed A, one expert 0.", "MoSEs with a fixed A, one expert (density)", "D-",
              "#009e73", above)):
         points = []  # (bytes, OP, its deviation or None for one seed, rank or density)
@@ -464,7 +464,7 @@ def draw_points(axis, results):
         if len(points) > 1:
             for x, y, _, number in points:
                 axis.annotate(number, (x, y), place, textcoords="offset points", fontsize=9,
-                              color=colour, ha="left" if place == below else "right")
+                              color=colour, ha="left" if place == right else "right")
 
 
 def main():

@@ -3,8 +3,8 @@
     python -m figures.method runs/default             # writes results/method.png
 
 Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that owns
-it, and the gates of each token of one prompt in the last layer, from 0 to 1. Bottom: what each
-task scores after it and after all later ones, for one LoRA trained in sequence and for MoSEs.
+it, and the gates of each token of one prompt at v_proj in the last layer, from 0 to 1. Bottom: what
+each task scores after it and after all later ones, for one LoRA trained in sequence and for MoSEs.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main():
     image = router.imshow(values, cmap="Greys", aspect="auto", vmin=0, vmax=1)
     router.set_yticks(range(len(tokens)), tokens, fontsize=8)
     router.set_xticks(range(values.shape[1]), [f"expert {e}" for e in range(values.shape[1])])
-    router.set(title=f"gates of a prompt of {task} (last layer)", ylabel="token")
+    router.set(title=f"gates of a prompt of {task} (v_proj, last layer)", ylabel="token")
     figure.colorbar(image, ax=router)
     for axis, (method, result) in zip(matrices, results.items()):
         title = {"lora": "one LoRA in sequence: scores", "mose": "MoSEs: scores"}[method]

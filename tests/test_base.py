@@ -114,17 +114,17 @@ def renamed(base, *pairs):
 
 def test_what_versions_of_transformers_call_otherwise_is_not_compared():
     mose = attach()
-    other = renamed(mose.base, ("mlp", "block_sparse_moe"), ("lm_head", "embed_out"))
-    assert differences(mose.base, other, mose.needed) == []
+    other = renamed(mose.base_fingerprint, ("mlp", "block_sparse_moe"), ("lm_head", "embed_out"))
+    assert differences(mose.base_fingerprint, other, mose.needed_paths) == []
     here = {**other, "model.norm.weight": [0.5, 0.5, 0.5]}  # control: both have it
-    assert differences(mose.base, here, mose.needed) == ["model.norm.weight"]
+    assert differences(mose.base_fingerprint, here, mose.needed_paths) == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("lost", ["embed_tokens", "layers.1.self_attn.v_proj"])
 def test_adapted_layers_and_embeddings_are_always_compared(lost):
     mose = attach()
-    here = renamed(mose.base, (lost, "elsewhere"))
-    assert differences(mose.base, here, mose.needed) == [f"model.{lost}"]
+    here = renamed(mose.base_fingerprint, (lost, "elsewhere"))
+    assert differences(mose.base_fingerprint, here, mose.needed_paths) == [f"model.{lost}"]
 
 
 def test_a_lora_beside_the_adapted_layers_is_another_base(tmp_path):

@@ -1,5 +1,6 @@
 """Any linear layer can be a target: which layers learn, which are refused, and what a layer is given."""
 
+import copy
 import gc
 import importlib
 import shutil
@@ -350,6 +351,27 @@ def test_a_layer_that_somebody_replaced_is_seen_when_a_task_is_set(collected):
         mose.model.lm_head = kept
         mose.set_task("a")  # control: what it hangs on is there again
     mose.detach()
+
+
+def in_its_place(model):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+
+
+def in_a_new_block(model):
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+
+
+@pytest.mark.parametrize("copied, says", [
+    (in_its_place, "the hook of a target is gone"), (in_a_new_block, "2 targets are copies")])
+def test_a_target_that_somebody_copied_is_seen_when_a_task_is_set(copied, says):
+    """The copy has a hook of the same id, and experts of its own, which no task would reach."""
+    mose = learn(MoSE(tiny()), *"ab")
+    mose.set_task("a")  # control
+    copied(mose.model)
+    for call in (lambda: mose.set_task("a"), lambda: mose.begin_task("c")):
+        refuses(says, call)
+    mose.set_task(None)
 
 
 @pytest.mark.parametrize("how", ["in another package", "reloaded in a notebook"])

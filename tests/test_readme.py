@@ -232,18 +232,17 @@ def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     block, answering = (text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
     assert len(code) <= 10
-    model, tokenizer = train_trace.load_model(Args(device="cpu"))
-    ids = torch.tensor([tokenizer(f"{word} one two")["input_ids"][:3] for word in ("a", "b")])
-    tasks = {name: (ids + i, [(ids + i, ids)] * 3) for i, name in enumerate(("x", "y"))}
-    scope = {"model": model, "tasks": tasks, "test_prompts": ids + 1}
-    exec(block, scope)
-    adapter = scope["mose"]
-    assert [*adapter.tasks] == ["x", "y"] and adapter.active == ["y", "y"]
     monkeypatch.chdir(tmp_path)
-    adapter.save("mose.pt")
-    adapter.detach()
-    scope = {"model": model, "ids": ids + 1, "MoSE": mose.MoSE}
-    exec(answering, scope)  # "To answer with it later"
+    model, tokenizer = train_trace.load_model(Args(device="cpu"))
+    tasks = {}
+    for name, texts in {"x": ["a one two", "a one two three"], "y": ["b", "b four five"]}.items():
+        prompts = tokenizer(texts, return_tensors="pt", padding=True)
+        tasks[name] = prompts, 3 * [{**prompts, "labels": prompts["input_ids"]}]
+    exec(block, {"model": model, "tasks": tasks})
+    model, tokenizer = train_trace.load_model(Args(device="cpu"))
+    scope = {"model": model, "tokenizer": tokenizer, "texts": ["b four six", "b"], "MoSE": mose.MoSE}
+    exec(answering, scope)  # "To answer"
+    assert [*scope["mose"].tasks] == ["x", "y"] and scope["names"] == ["y", "y"]
     assert scope["mose"].active == ["y", "y"] and len(scope["answers"]) == 2
 
 
