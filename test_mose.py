@@ -868,6 +868,7 @@ def test_a_prompt_finds_its_task_without_a_pass_through_the_model(key_dim, monke
     mose = attach(key_dim=key_dim)
     mose.model.get_input_embeddings().weight.data[48:56] *= 4  # the tokens of "f", like no others
     learn(mose, *"abc")
+    assert mose.keys.tasks["a"][1].shape == (min(key_dim, 32),)
     for module in mose.model.modules():
         monkeypatch.setattr(module, "forward", None)
     prompts = torch.cat([data(f"new {name}", 1) for name in "bacabf"])  # "f" is far from them all

@@ -58,14 +58,14 @@ from tracebench import processes
 from tracebench.ask import ask
 from tracebench.data import batches, load_tasks, padded_batches
 from tracebench.methods import (
-    KINDS, OURS, attach, check_density, lessons, rate, tasks_to_test)
+    KINDS, OURS, attach, check_density, check_targets, lessons, rate, tasks_to_test)
 from tracebench.model import (
     TOKENS_FACTOR_WITHOUT_GRADIENTS, answer_logits, choose_device, generate, is_out_of_memory,
     load_model, passes_of_this_process)
 from tracebench.options import ROOT, parse
 from tracebench.runs import (
-    Record, Tested, facts_of_run, locked_folders, note_inputs, start_anew, unfinished,
-    write_report)
+    Record, Tested, facts_of_run, inputs_of, locked_folders, note_inputs, start_anew,
+    unfinished, write_report)
 from tracebench.scores import SCORES, floor, mean
 
 
@@ -270,10 +270,25 @@ START = f"torchrun --nproc-per-node {processes.WORLD}" if processes.WORLD > 1 el
 SCRIPT = shlex.quote(os.path.relpath(__file__))
 
 
-def to_go_on(todo, more=""):
-    """The commands by which what is left to do goes on, one for each run."""
+def to_go_on(todo, runs, more=""):
+    """The commands by which what is left to do goes on: one for each run, and one for their common
+    tables."""
     folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
-    return "\n".join(f"{START} {SCRIPT} --resume {folder}{more}" for folder in folders)
+    commands = [f"{START} {SCRIPT} --resume {folder}{more}" for folder in folders]
+    if len(runs) > 1:
+        commands.append(f"python -m figures.report {shlex.join(map(str, runs))}")
+    return "\n".join(commands)
+
+
+def check_method(method, args, model, tasks):
+    """Attach a method and take it off again. Raises ValueError for a wrong option, such as a density
+    that leaves no entry for the first task or the last one."""
+    adapter = attach(method, args, model)
+    check_targets(model, args)
+    adapter.begin_task(tasks[0].name)
+    if method in OURS:
+        check_density(adapter, len(tasks))
+    adapter.detach()
 
 
 def session(todo, runs, args):
@@ -283,35 +298,33 @@ def session(todo, runs, args):
     """
     model, tokenizer = load_model(args)
     tasks = load_tasks(args, tokenizer, model)
+    # What can be wrong is checked first, as long as nothing of an earlier run is removed.
     for method in dict.fromkeys(method for _, _, method in todo):
         if method in KINDS:
-            # A wrong option fails here, as a density that leaves no entry for the first task or the
-            # last one: nothing is lost yet.
-            adapter = attach(method, args, model)
-            adapter.begin_task(tasks[0].name)
-            if method in OURS:
-                check_density(adapter, len(tasks))
-            adapter.detach()
+            check_method(method, args, model, tasks)
+    inputs = inputs_of(model, tasks)
     if processes.RANK == 0 and not args.resume:
         for folder, its_args in runs.items():
             start_anew(folder, dataclasses.asdict(its_args))
     processes.wait()
-    note_inputs(runs, model, tasks)
+    note_inputs(runs, inputs)
     try:
         learn_and_test(todo, args, model, tokenizer, tasks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
+            print("What was learned and tested before is saved. If the error below can be mended, go "
+                  f"on:\n{to_go_on(todo, runs)}", file=sys.stderr)
             raise
         fewer = max(1, args.tokens // 2)
         raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say (and with "
                          "--checkpointing, if one row is too long):\n"
-                         + to_go_on(todo, f" --tokens {fewer}")) from error
+                         + to_go_on(todo, runs, f" --tokens {fewer}")) from error
     except OSError as error:  # say, no space is left
         raise ValueError(f"{error}\nWhat was learned and tested before is saved. When this is "
-                         f"mended, go on:\n{to_go_on(todo)}") from error
+                         f"mended, go on:\n{to_go_on(todo, runs)}") from error
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: what was learned and tested is saved. To go on:\n"
-                 + to_go_on(todo))
+                 + to_go_on(todo, runs))
 
 
 def learn_and_test(todo, args, model, tokenizer, tasks):

@@ -256,7 +256,8 @@ def test_the_example_in_the_docstring_runs():
     block = re.search(r"\n    mose = MoSE.*?\n\n", mose.__doc__, re.S)[0]
     model, _ = train_trace.load_model(Args(device="cpu"))
     ids = torch.arange(24).view(3, 8)
-    scope = {"model": model, "MoSE": mose.MoSE, "torch": torch, "prompt_ids": ids}
+    scope = {"model": model, "MoSE": mose.MoSE, "torch": torch,
+             "train_prompt_ids": ids, "test_prompt_ids": ids}
     exec(textwrap.dedent(block), scope | {"batches": [(ids, ids)]})
 
 

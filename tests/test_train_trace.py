@@ -7,6 +7,7 @@ import functools
 import http.server
 import json
 import random
+import re
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -24,11 +26,12 @@ from figures import report
 from tracebench import processes
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
 from tracebench.methods import (
-    KINDS, METHODS, attach, check_density, lessons, rate, tasks_to_test)
+    KINDS, METHODS, attach, check_density, check_targets, lessons, rate, tasks_to_test)
 from tracebench.model import choose_device
 from tracebench.options import PRESETS, READ_BY, ROOT, Args
 from tracebench.runs import Record, claim, start_anew
 from tracebench.scores import TASKS, floor
+from test_works_with import multimodal
 
 QUIET = tqdm(disable=True)
 SHORT = {"tasks": "FOMC,NumGLUE-cm", "max_train": 48, "max_test": 8, "epochs": "2"}
@@ -734,11 +737,11 @@ def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monk
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[..] can't allocate memory"),
-    RuntimeError("MPS backend out of memory")])
+    RuntimeError("MPS backend out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
 @pytest.mark.parametrize("where, message", [
-    ("transformers.AutoModelForCausalLM.from_pretrained", "memory\n.*The base does not fit"),
-    ("train_trace.train", "memory\nGo on .*:\npython .*train_trace.py --resume runs/full --tokens 768"),
-    ("train_trace.evaluate", "memory\nGo on .*\n.*--resume runs/full --tokens 768")])  # of the bare base
+    ("transformers.AutoModelForCausalLM.from_pretrained", "\n.*The base does not fit"),
+    ("train_trace.train", "\nGo on .*:\npython .*train_trace.py --resume runs/full --tokens 768"),
+    ("train_trace.evaluate", "\nGo on .*\n.*--resume runs/full --tokens 768")])  # of the bare base
 def test_out_of_memory_says_how_to_go_on(where, message, error, tmp_path, monkeypatch):
     def full(*given, **options):
         raise error
@@ -751,11 +754,49 @@ def test_out_of_memory_says_how_to_go_on(where, message, error, tmp_path, monkey
         train_trace.from_the_command_line()
 
 
-@pytest.mark.parametrize("max_prompt, is_said", [(8, True), (1024, False)])
-def test_prompts_that_are_cut_are_counted(max_prompt, is_said, base, capsys):
+def test_another_error_says_too_that_the_run_can_go_on(tmp_path, monkeypatch, capsys):
+    def broken(*given):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_trace, "parse",
+                        lambda: Args(methods="lora", name="broken", device="cpu", **SHORT))
+    monkeypatch.setattr(train_trace, "learn_in_a_row", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        train_trace.from_the_command_line()
+    assert "--resume runs/broken" in capsys.readouterr().err
+
+
+def test_decoding_that_runs_out_of_memory_goes_on_in_smaller_passes(base, monkeypatch):
+    model, tokenizer = base
+    task, = train_trace.load_tasks(Args(tasks="FOMC", max_test=20), tokenizer, model)
+    answers = train_trace.generate(model, tokenizer, task, range(20), Args())
+    sizes, generate = [], model.generate
+
+    def small(input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", small)
+    most = 6
+    assert train_trace.generate(model, tokenizer, task, range(20), Args()) == answers
+    assert sizes == [20, 10, 5, 5, 10, 5, 5]
+    most = 0  # control: a single row does not fit
+    with pytest.raises(torch.OutOfMemoryError):
+        train_trace.generate(model, tokenizer, task, range(20), Args())
+
+
+@pytest.mark.parametrize("max_prompt, positions, says", [
+    (8, 2048, r"500 of 500 prompts have more than 8 tokens, .* the last ones \(--max_prompt\)"),
+    (1024, 10, r"500 of 500 .* more than 8 .*answer of 2 tokens, which leaves .* model's 10 positions"),
+    (1024, 2048, None)])
+def test_prompts_that_are_cut_are_counted(max_prompt, positions, says, base, capsys, monkeypatch):
+    monkeypatch.setattr(base[0].config, "max_position_embeddings", positions)
     train_trace.load_tasks(Args(tasks="FOMC", max_prompt=max_prompt), base[1], base[0])
-    says = "FOMC: 500 of 500 prompts have more than 8 tokens, of which the model reads the last ones"
-    assert (says in capsys.readouterr().out) == is_said
+    out = capsys.readouterr().out
+    assert re.search(f"FOMC: {says}", out) if says else "FOMC" not in out
 
 
 def test_damaged_progress_is_named(tmp_path):
@@ -788,7 +829,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
     script = train_trace.SCRIPT
     assert str(stop.value).endswith(
         f"To go on:\npython {script} --resume 'runs/two words-0'\n"
-        f"python {script} --resume 'runs/two words-1'")
+        f"python {script} --resume 'runs/two words-1'\n"
+        "python -m figures.report 'runs/two words-0' 'runs/two words-1'")
     assert train_trace.parse(["--resume", "runs/two words-1"]).seeds == "1"
 
 
@@ -843,7 +885,7 @@ def test_one_of_several_processes_does_not_take_all_gpus(monkeypatch, capsys):
 def test_the_preset_for_a_gpu_needs_one(here, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: here)
     preset = Args(preset="gpu", **PRESETS["gpu"])
-    assert choose_device(dataclasses.replace(preset, device="cpu")) == ("cpu", torch.bfloat16)
+    assert choose_device(dataclasses.replace(preset, device="cpu")) == ("cpu", torch.float32)
     raises = pytest.raises(ValueError, match="torch sees no GPU.*--device cpu")
     with contextlib.nullcontext() if here else raises:
         choose_device(preset)
@@ -865,6 +907,90 @@ def test_several_processes_need_a_cpu_or_gpus_of_nvidia(monkeypatch):
         processes.start("mps")
     monkeypatch.setattr(processes, "WORLD", 1)  # control
     processes.start("mps")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "WORLD", 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 .* no GPU, since torch sees 2: .*nproc-per-node 2"):
+        processes.start("cuda")
+
+
+def without_a_weight(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["_orig_mod.model.norm.weight"] = weights.pop("model.norm.weight")
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_another_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (without_a_weight, "1 of its weights are not in its files, such as model.norm.weight"),
+    (with_another_size, "can't be loaded")])
+def test_a_base_that_would_be_partly_random_is_refused(spoil, says, base, tmp_path):
+    for part in base:
+        part.save_pretrained(tmp_path)
+    train_trace.load_model(Args(model=str(tmp_path), device="cpu"))  # control
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        train_trace.load_model(Args(model=str(tmp_path), device="cpu"))
+
+
+def test_all_tokens_that_end_an_answer_of_the_base_are_kept(base, tmp_path):
+    for part in base:
+        part.save_pretrained(tmp_path)
+    for ends in (7, [7, 8]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        model, tokenizer = train_trace.load_model(Args(model=str(tmp_path), device="cpu"))
+        known = {7, 8} if ends == [7, 8] else {7}
+        assert {*model.generation_config.eos_token_id} == {tokenizer.eos_token_id, *known}
+
+
+def test_a_prompt_that_begins_with_the_bos_gets_no_second_one(base):
+    tokenizer = base[1]
+    plain, _ = encode(tokenizer, {"prompt": "one two", "answer": "x"})
+    ids, _ = encode(tokenizer, {"prompt": f"{tokenizer.bos_token}one two", "answer": "x"})
+    assert ids == plain and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_targets_outside_of_the_language_model_are_refused(base):
+    check_targets(base[0], Args())
+    check_targets(base[0], Args(targets="lm_head,down_proj"))
+    check_targets(multimodal(), Args(targets="down_proj"))  # control: its vision tower has none
+    says = "4 of these layers are outside of the language model, such as model.vision_tower"
+    with pytest.raises(ValueError, match=says):
+        check_targets(multimodal(), Args())
+
+
+def test_force_removes_nothing_before_the_run_can_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = Args(methods="floor", name="old", device="cpu", **SHORT)
+    train_trace.main(args)
+    before = (tmp_path / "runs/old/floor.json").read_bytes()
+    monkeypatch.setattr("tracebench.runs.fingerprint", fail)
+    with pytest.raises(ValueError, match="no fingerprint"):
+        train_trace.main(dataclasses.replace(args, force=True))
+    assert (tmp_path / "runs/old/floor.json").read_bytes() == before
+
+
+def fail(model):
+    raise ValueError("no fingerprint")
+
+
+@pytest.mark.parametrize("error, works", [(OSError(95, "Operation not supported"), True),
+                                          (BlockingIOError(), False)])
+def test_a_file_system_without_locks_makes_a_warning(error, works, tmp_path, monkeypatch, capsys):
+    def flock(*given):
+        raise error
+
+    monkeypatch.setattr("tracebench.runs.fcntl.flock", flock)
+    with contextlib.nullcontext() if works else pytest.raises(ValueError, match="in use"):
+        claim(tmp_path / "run")
+        assert "can't be locked" in capsys.readouterr().out
 
 
 def test_a_density_that_leaves_nothing_for_the_last_task_is_refused(base):

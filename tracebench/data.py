@@ -105,12 +105,15 @@ def encode(tokenizer, row):
     Each is tokenised on its own: joined, "Stance:" and "C" may merge into tokens that the prompt
     alone does not end with. If the tokenizer has a BOS, it is added even where the tokenizer itself
     would add none: many models read the first token badly, and it should not be one of the prompt.
+    It is not added to a prompt that begins with it, as those of some chat templates do.
     """
     prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
     # A prompt may hold special tokens, as those of a chat template. In an answer, "</s>" is only text:
     # as a token it would end the answer.
     answer = tokenizer(row["answer"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if prompt[:1] == bos:
+        bos = []
     return bos + prompt, answer + [tokenizer.eos_token_id]
 
 
@@ -194,8 +197,13 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     prompts = [prompt for prompt, _ in [*chosen, *encoded_test]]
     num_cut = sum(len(prompt) > limit for prompt in prompts)
     if num_cut:
+        if limit < max_prompt:
+            why = (f"row {lengths.index(longest)} of train has an answer of {longest} tokens, which "
+                   f"leaves so many of the model's {positions} positions: shorten or remove it")
+        else:
+            why = "--max_prompt"
         print(f"{name}: {num_cut} of {len(prompts)} prompts have more than {limit} tokens, of which the "
-              "model reads the last ones (--max_prompt, or all that it has positions for)")
+              f"model reads the last ones ({why})")
     return Task(
         name=name, metric=metric, epochs=epochs, train=examples,
         train_prompt_ids=[prompt for prompt, _ in encoded],

@@ -39,7 +39,7 @@ def is_out_of_memory(error):
     """Whether a RuntimeError is one. (On a CPU, and on Apple's GPUs, it is no OutOfMemoryError.)"""
     says = str(error)
     return (isinstance(error, torch.OutOfMemoryError) or "out of memory" in says
-            or "can't allocate memory" in says)
+            or "can't allocate memory" in says or "ALLOC_FAILED" in says)  # (the last is cuBLAS)
 
 
 def load_model(args):
@@ -50,11 +50,20 @@ def load_model(args):
         options |= processes.shards()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
-    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as error:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            args.model, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"--model {args.model}: can't be loaded. Expected the name of a causal "
                          "language model on the hub, or a folder with its config.json, its "
-                         f"tokenizer and its weights. {type(error).__name__}: {error}") from error
+                         "tokenizer and its weights. (A model that needs code of its own is not "
+                         f"supported.) {type(error).__name__}: {error}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers draws them at random, and goes on
+        raise ValueError(f"--model {args.model}: {len(missing)} of its weights are not in its files, "
+                         f"such as {missing[0]}: expected those of the whole model, under the names "
+                         "that save_pretrained() gives them")
     model = model if args.device_map or processes.SHARDED else model.to(device)
     if model.device.type != device and processes.SHARDED:
         raise ValueError(f"--shard puts the base on {model.device.type}, and --device is {device}: "
@@ -67,8 +76,12 @@ def load_model(args):
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_tokens:
         tokenizer.pad_token = tokenizer.eos_token  # it is masked everywhere
     # A checkpoint's own settings may sample or punish repetition; scores are for greedy decoding.
+    # But the bare base may end its answers by other tokens than the EOS, which are kept.
+    ends = model.generation_config.eos_token_id  # a number, a list or None
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {tokenizer.eos_token_id, *ends} - {None}
     model.generation_config = transformers.GenerationConfig(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval(), tokenizer
@@ -109,12 +122,24 @@ def generate(model, tokenizer, task, indices, args):
         return passes(some, tokens_of_a_pass, lambda i: len(prompts[i]) + task.max_new)
 
     texts = {}
-    for some in processes.own_passes(indices, in_passes, idle=[]):
+    todo = [*processes.own_passes(indices, in_passes, idle=[])]
+    while todo:
+        some = todo.pop(0)
         # The prompts are padded on the left, so that every answer begins at the same position.
         rows = [prompts[i] for i in some] or [ids for ids, _ in IDLE]  # an idle pass has no prompts
         ids, mask = pad(rows, tokenizer.pad_token_id, "left")
-        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                             max_new_tokens=task.max_new, synced_gpus=processes.SHARDED)
+        try:
+            out = model.generate(input_ids=ids.to(model.device),
+                                 attention_mask=mask.to(model.device),
+                                 max_new_tokens=task.max_new, synced_gpus=processes.SHARDED)
+        except RuntimeError as error:
+            # The task has just been learned, and would have to be learned again if this ended the
+            # run. (With a sharded base, all processes have to make the same passes.)
+            if not is_out_of_memory(error) or len(some) < 2 or processes.SHARDED:
+                raise
+            half = len(some) // 2
+            todo = [some[:half], some[half:], *todo]
+            continue
         for i, answer in zip(some, out[:, ids.shape[1]:]):
             texts[i] = to_text(tokenizer, answer)
     return processes.union(texts)

@@ -19,7 +19,7 @@ from tracebench.scores import SCORES, TASKS
 # to zjwang21 and is not part of this project.
 PRESETS = {"": {}, "gpu": {
     "name": "gpu", "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "epochs": "trace", "test": "ends",
-    "lora_lr": 3e-3, "tokens": 16384, "dtype": "bfloat16",
+    "lora_lr": 3e-3, "tokens": 16384,
     "data": "https://raw.githubusercontent.com/zjwang21/TRACE/"
     "cb1bfea893e6181801b1e663ec659316533c1e21/TRACE-Benchmark/LLM-CL-Benchmark_500"}}
 
@@ -179,13 +179,15 @@ def check(args):
     if args.device_map and args.device != "auto":
         raise ValueError("--device_map chooses the devices itself: leave --device out")
     if args.device_map and processes.WORLD > 1:
+        advice = "" if args.resume else ", or take --shard"
         raise ValueError("--device_map spreads a base over the GPUs of one process, and torchrun has "
-                         "started several: start one, or take --shard")
+                         f"started several: start one{advice}")
     if args.ask and processes.WORLD > 1:
         raise ValueError("--ask answers in one process: start it by python, and without --shard")
     if args.shard and processes.WORLD == 1:
+        rest = f"--resume {args.resume}" if args.resume else "--shard .."
         raise ValueError("--shard: there is one process, so nothing to shard over: start it by python "
-                         "-m torch.distributed.run --nproc-per-node 2 train_trace.py --shard ..")
+                         f"-m torch.distributed.run --nproc-per-node 2 train_trace.py {rest}")
     if len(args.ask) not in (0, 2):
         raise ValueError(f"--ask: got {len(args.ask)} values, expected FILE and \"PROMPT\"")
 

@@ -77,6 +77,8 @@ def claim(folder, go_on=False, force=False):
     except BlockingIOError:
         advice = "wait until it ends" if go_on else "choose another --name"
         raise ValueError(f"{folder} is in use by another run: {advice}") from None
+    except OSError as error:
+        print(f"warning: {folder} can't be locked ({error}): start no second run there")
     if shutil.disk_usage(folder).free < 2**28:
         raise ValueError(f"{folder}: less than 256 MB are free there: make room before you train")
     if not go_on:
@@ -84,7 +86,7 @@ def claim(folder, go_on=False, force=False):
         if files and not notes_of(folder):  # whoever made them would lose them
             raise ValueError(f"{folder} has files that are not of a run of this script, such as "
                              f"{files[0].name}: choose another --name")
-        # Nothing is lost of a run that failed before its first adapter was saved.
+        # A run that failed before its first adapter was saved has nothing to lose.
         kept = [file for file in files if file.name != "args.json" and file.suffix != ".tmp"]
         if kept and not force:
             raise ValueError(f"{folder} exists: choose another --name, --resume "
@@ -141,24 +143,30 @@ def unfinished(runs, go_on):
             if not (go_on and (folder / f"{method}.json").exists())]
 
 
-def note_inputs(runs, model, tasks):
-    """Note in each run's args.json what it reads: its options (--tokens may have changed), the base,
-    the data, how much of a prompt, and how long the answers are. Raises ValueError if an interrupted
-    run began with another base, or in another dtype, on another device or with other data.
+def inputs_of(model, tasks):
+    """What a run reads: the base, the data, how much of a prompt, and how long the answers are."""
+    return {
+        # --device auto and --dtype auto mean another thing on another machine.
+        "base": f"{model.dtype} on {model.device.type}",
+        "weights": fingerprint(model),
+        "data": {task.name: task.digests for task in tasks},
+        "limits": {task.name: task.limit for task in tasks},
+        "answers": {task.name: task.longest for task in tasks}}
 
-    runs: {folder: its Args}.
+
+def note_inputs(runs, inputs):
+    """Note in each run's args.json its options (--tokens may have changed), and what it reads.
+    Raises ValueError if an interrupted run began with another base, or in another dtype, on another
+    device or with other data.
+
+    runs: {folder: its Args}. inputs: what `inputs_of` returned.
     """
-    # --device auto and --dtype auto mean another thing on another machine.
-    base = f"{model.dtype} on {model.device.type}"
-    weights = fingerprint(model)
-    digests = {task.name: task.digests for task in tasks}
-    limits = {task.name: task.limit for task in tasks}
-    answers = {task.name: task.longest for task in tasks}
+    place, weights, digests = inputs["base"], inputs["weights"], inputs["data"]
     for folder, args in runs.items():
         notes = notes_of(folder)
-        began_with = notes.get("base", base)
-        if began_with != base:
-            raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {base} "
+        began_with = notes.get("base", place)
+        if began_with != place:
+            raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {place} "
                              "now: resume it on a machine like that, or start again with another --name")
         other = differences(notes.get("weights", weights), weights, [])
         if other:
@@ -172,14 +180,14 @@ def note_inputs(runs, model, tasks):
             raise ValueError(f"{folder}: the data has changed since this run began: "
                              f"{', '.join(changed)}; put it back, or start again with another --name")
         if processes.RANK == 0:
-            write_json(folder / "args.json", notes | {
-                "options": dataclasses.asdict(args), "base": base, "weights": weights,
-                "data": digests, "limits": limits, "answers": answers})
+            write_json(folder / "args.json",
+                       notes | inputs | {"options": dataclasses.asdict(args)})
 
 
 def write_report(runs):
     """Tables and figures of finished runs, by a process of its own: whatever it does, the results
     are safe."""
+    print("making tables, figures and page.html (for this page, the base is loaded on the CPU)")
     command = [sys.executable, "-m", "figures.report", *map(str, runs)]
     # It is one process, though torchrun may have started this one as one of several.
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
