@@ -40,7 +40,7 @@ select are none of them. And its routers are stored. So forgetting is ruled out 
     mose.begin_task("FOMC")
     mose.observe(train_prompt_ids)                      # makes the key that recognises the task
     rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
-    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate, weight_decay=0.0)
     for ids, labels in batches:                         # labels: -100 on prompt and padding
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()

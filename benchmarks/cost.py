@@ -25,9 +25,9 @@ CHECKED = (512, 2048, 4, 128, 2048, True)
 SETS = {"q, v": ("q_proj", "v_proj"),
         "all linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
 
-POOL = 4 + 4 + 4 + 4  # bytes of an entry: weight, score, frozen value, owner
+POOL = 4 + 4 + 4 + 4 + 1  # bytes of an entry: weight, score, frozen value, owner, inherited
 ADAM = 4 * 4  # two states of a weight and two of a score
-GRADIENTS = 4 + 4 + 1  # and the bool mask of inherited entries
+GRADIENTS = 4 + 4  # of weight and score
 KEPT = 10  # what a pass keeps for backward: masked values, used entries, the matrices of a layer
 # Bytes of an entry in the file, where all is compressed: of its place (as a gap between entries),
 # of its value, and of a number of a LoRA. These are those of the eight tasks of SmolLM2, rounded.
@@ -95,9 +95,9 @@ def check():
         return sum(tensor.nbytes for tensor in tensors)
 
     pools = [tensor for layer in mose.layers
-             for tensor in (layer.weight, layer.score, layer.frozen, layer.owner)]
+             for tensor in (layer.weight, layer.score, layer.frozen, layer.owner, layer.inherited)]
     states = [state for values in optimizer.state.values() for state in values.values()]
-    gradients = [p.grad for p in own] + [layer.inherited for layer in mose.layers]
+    gradients = [p.grad for p in own]
     rows = [("pool", computed["pool"], size(*pools)),
             ("Adam's states", computed["adam"], size(*states)),
             ("gradients", GRADIENTS * computed["entries"], size(*gradients))]
@@ -113,9 +113,9 @@ def main():
         "# What the experts cost at the size that people use", "",
         f"Computed from shapes, for the defaults: {CONFIG.num_experts} experts of rank "
         f"{CONFIG.rank}, density {CONFIG.density}. `python -m benchmarks.cost` writes this file.", "",
-        "The pool is the weights, the scores, the frozen values and the owners, in all "
-        f"{POOL} bytes an entry. Adam's states are", f"{ADAM} bytes an entry, the gradients and one "
-        f"mask {GRADIENTS}, and what a pass keeps for backward about {KEPT}. Learning takes all four, "
+        "The pool is the weights, the scores, the frozen values, the owners and a mask, in all "
+        f"{POOL} bytes an entry. Adam's states", f"are {ADAM} bytes an entry, the gradients "
+        f"{GRADIENTS}, and what a pass keeps for backward about {KEPT}. Learning takes all four, "
         "and", "using what was learned takes the pool, and 4 bytes an entry for each task that is in force (its matrices). "
         "A task is the first one: its values, mask, routers and key, compressed as they are saved. "
         f"Later tasks take {CONFIG.density:.0%} of what is", "still free, so they take less. The last column is the "

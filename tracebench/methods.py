@@ -70,7 +70,10 @@ def config_of(args):
 def check_targets(model, args):
     """Raise ValueError if targets lie outside of the language model, as in the image encoder of a
     multimodal one: the experts there would learn nothing, and be stored with each task."""
-    inside = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    decoder = model.get_decoder()
+    if decoder is None:  # a model of text alone, in transformers 4
+        return
+    inside = {*decoder.modules(), model.get_output_embeddings()}
     targets = find_targets(model, listed(args.targets))
     outside = [path for path, module in model.named_modules()
                if module in targets and module not in inside]
