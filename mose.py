@@ -5,26 +5,27 @@ introduction and captions. Copy this file: it needs only torch, 2.13 or newer.
 
 The base model is frozen. Each adapted linear layer y = x W, with D inputs and O outputs, gets a
 mixture of E low-rank experts. Expert e is a pair of matrices A_e (D, R) and B_e (R, O) of rank R.
-All weights of the layer's experts form its pool. A task owns a few entries of each pool: its mask
-selects those with the best scores among the free entries, which nobody owns yet. It selects in A
-and in B separately, and the scores are learned with the weights. The part of an expert that a
-task reads is a SubExpert. In each layer a task also has a router, whose gates weigh the experts for
-each token. All but top_k gates are 0:
+All weights of the layer's experts form its pool, and each single weight is an entry of it. A task
+owns a few entries of each pool: its mask selects those with the best scores among the free entries,
+which nobody owns yet. It selects in A and in B separately, and the scores are learned with the
+weights. While a task is learned, its mask selects anew in each forward pass. When the task ends, it
+owns what is selected then. The part of an expert that a task reads is a SubExpert. In each layer a
+task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
 
     gate = top_k(softmax(x @ projection @ router.T))                                  (1)
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
     A, B = reads * where(used, frozen, weight)                                        (3)
 
-In (1), `router` has E rows of P numbers. It does not see the D numbers of a token: `projection`
-(D, P), which is random and fixed, makes P numbers of them. In (2), `scale` is a constant. (3) is
-about all entries of the pool:
+In all three, x is what the layer reads: D features of each token. In (1), `router` (E, P) does not
+see these, but P features that `projection` (D, P), which is random and fixed, makes of them. In
+(2), `scale` is a constant. (3) is about all entries of the pool:
 
     reads    marks the entries that the task in force reads, and all others count as 0. (The task
              in force is the one that the forward pass applies.)
     used     marks the entries that finished tasks own, and the others are free. (When a task is
              forgotten, those that others read stay used.)
     frozen   has the values of the used entries. It is a buffer, so no optimizer holds it.
-    weight   has the values of the free entries, which the optimizer changes.
+    weight   is the Parameter with the values of the free entries, which the optimizer changes.
 
 A task reads the entries that it owns, and some that finished tasks own: usually all entries of A
 that were used when it began. Their values are stored already, so it takes no more bytes to read
@@ -32,14 +33,16 @@ them. But a task may start from a finished task, its source. Besides its own ent
 what its source reads and no others.
 
 Nothing that a finished task computes can change. Later tasks can only select free entries, so the
-values that it reads stay. Which entries it reads stays the same too, since those that later tasks
-select are none of them. And its routers are stored. So forgetting is ruled out by construction.
+values that it reads stay. Which entries it reads is fixed by who owns them: itself, its source, the
+source's source and so on, and in A also tasks that were finished before the first of these began. A
+later task is none of them. And its routers are stored. So forgetting is ruled out by construction.
 (Which task is found for a prompt can still change when there are more tasks.)
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
     mose.observe(train_prompt_ids)                      # makes the key that recognises the task
     rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
+    # (Weight decay would pull weights, scores and routers towards 0.)
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate, weight_decay=0.0)
     for ids, labels in batches:                         # labels: -100 on prompt and padding
         model(input_ids=ids, labels=labels).loss.backward()
@@ -48,12 +51,12 @@ select are none of them. And its routers are stored. So forgetting is ruled out 
     mose.end_task()
     mose.set_task(mose.infer_task(test_prompt_ids))     # or set_task("FOMC") if the task is known
 
-Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P numbers that
-`projection` makes of a token, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch.
-Everywhere else it is the second matrix of the experts.)
+Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P features that
+a router reads, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch. Everywhere else
+it is the second matrix of the experts.)
 
-With the option fixed_A, all tasks share a random A that never changes. Then only B has a mask, (3)
-is about B alone, and N = E * R * O.
+With the option fixed_A, all tasks, and all layers of the same shape, share a random A that never
+changes. Then only B has a mask, (3) is about B alone, and N = E * R * O.
 
 CHOICE marks what we chose because we did not have the paper's method section. How a task finds a
 source, and a prompt its task, is wholly ours.
@@ -145,11 +148,11 @@ class StraightThrough(torch.autograd.Function):
     """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All arguments
     are (N,).
 
-    In effect, the forward pass multiplies the values by the mask `reads`. No gradient flows through
-    the choice of a mask. So the score of a free entry gets the gradient that a factor in the place
-    of `reads` would have: grad * value, whether the entry is read or not. This is the
-    straight-through estimator, by which the scores of all free entries learn, as in Winning
-    SubNetworks. `score` is an argument only to get this gradient.
+    In effect, the forward pass multiplies the values by the mask `reads`. The choice of a mask has
+    no useful gradient. So the backward pass acts as if the score of a free entry were a factor in
+    the place of `reads`, whether the entry is read or not: it gets the gradient grad * value. This
+    is the straight-through estimator, as in Winning SubNetworks. `score` is an argument only to get
+    this gradient.
     """
 
     @staticmethod
@@ -204,9 +207,9 @@ class SubExperts(nn.Module):
     weight, score   (N,), Parameters
     router          (E, P), a Parameter
     inherited       (N,), bool, the entries of finished tasks that it reads
-    number          its number
     num_new         [in A, in B], how many entries it will own
-    `begin` sets them anew. `is_open` tells whether there is an open task.
+    number          its number; 0 while no task is open
+    `begin` sets them anew, all but the number.
 
     The finished tasks:
     frozen          (N,), values of the used entries: a buffer, so no optimizer can hold them
@@ -257,7 +260,6 @@ class SubExperts(nn.Module):
         self.register_buffer("inherited", zeros.bool(), persistent=False)
         self.number = 0
         self.num_new = [0, 0]
-        self.is_open = False
         self.routers = {}
         self.in_force = []
         self.num_rows = None
@@ -281,13 +283,15 @@ class SubExperts(nn.Module):
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
         self.zero_grad()
-        self.number = lineage[0]
+        has_source = len(lineage) > 1
         # CHOICE: density is a share of the entries that are still free, in A and in B each. So
         # later tasks own fewer entries, and with a density below 1 some entries always stay free.
         for part, owner in enumerate(self.split(self.owner)):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.read_by(lineage))
+        if not has_source and not self.can_learn():
+            self.num_new = [0, 0]  # entries of A without B, or of B without A, would have no effect
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # After that, gradients decide which entries a task takes, and not the random start. A step
         # of Adam moves a score by about the learning rate. With the rate at the top of this file,
@@ -300,19 +304,22 @@ class SubExperts(nn.Module):
         # start anew here: otherwise this task, which selects some of them, would not start exactly
         # as the base or as its source.
         self.weight.zero_()
-        if len(lineage) == 1:
-            # A is uniform in +-1/sqrt(D) and B is 0, so the task starts exactly as the bare base.
+        inherited_A, _ = self.split(self.inherited)
+        # With a source, all new entries start at 0, so the task starts exactly as its source. They
+        # can learn, since the A and B of the source are not 0. But a layer may be so small that the
+        # source owns nothing there. This layer, and all layers of a task without a source, start
+        # with a random A, uniform in +-1/sqrt(D). Since B is 0, they start as the bare base.
+        if not has_source or not inherited_A.any():
             D = len(self.projection)  # projection is (D, P); A has no rows if it is fixed
             A, _ = self.split(self.weight)
             drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
             A.copy_((2 * drawn - 1) / math.sqrt(D))
-            drawn = torch.randn(self.router.shape, generator=generator, **CPU_FP32)
-            self.router.copy_(self.config.router_std * drawn)
-        else:
-            # New entries are 0, so the task starts exactly as its source. They can learn, since
-            # the A and B of the source are not 0.
+        if has_source:
             source = lineage[1]
             self.router.copy_(self.routers[source])
+        else:
+            drawn = torch.randn(self.router.shape, generator=generator, **CPU_FP32)
+            self.router.copy_(self.config.router_std * drawn)
 
     def read_by(self, lineage):
         """The used entries that a task with this lineage reads, a bool mask (N,).
@@ -331,8 +338,9 @@ class SubExperts(nn.Module):
         # copy of it, so it reads no more than the source does.)
         root = lineage[-1]
         mask = torch.isin(self.owner, self.owner.new_tensor(lineage))
-        owner_A = self.owner[:self.size_A]
-        mask[:self.size_A] |= (0 < owner_A) & (owner_A < root)
+        mask_A, _ = self.split(mask)  # a view: what is written there is in `mask`
+        owner_A, _ = self.split(self.owner)
+        mask_A |= (0 < owner_A) & (owner_A < root)
         return mask
 
     def select(self):
@@ -342,18 +350,17 @@ class SubExperts(nn.Module):
         # (An interrupted `end_task` may have given it some of its entries already.)
         of_others = (self.owner > 0) & (self.owner != self.number)
         free_score = self.score.masked_fill(of_others, -math.inf)
-        score_A, score_B = free_score[:self.size_A], free_score[self.size_A:]
+        score_A, score_B = self.split(free_score)
         num_A, num_B = self.num_new
-        return torch.cat([top_k_mask(score_A, num_A), top_k_mask(score_B, num_B)])
+        mask_A, mask_B = top_k_mask(score_A.flatten(), num_A), top_k_mask(score_B.flatten(), num_B)
+        return torch.cat([mask_A, mask_B])
 
     def can_learn(self):
-        """Whether entries of B can learn, in the task that `begin` has prepared last.
-
-        They need an A that is not 0: of the task itself, inherited or fixed. (The new A of a task
-        with a source is 0, but such a task nearly always inherits some.)
-        """
+        """Whether entries of B can learn, in the task that `begin` has prepared last: they need an
+        A that is not 0, of the task itself, inherited or fixed."""
         num_A, num_B = self.num_new
-        has_A = self.config.fixed_A or num_A > 0 or bool(self.inherited[:self.size_A].any())
+        inherited_A, _ = self.split(self.inherited)
+        has_A = self.config.fixed_A or num_A > 0 or bool(inherited_A.any())
         return num_B > 0 and has_A
 
     @torch.no_grad()
@@ -375,7 +382,6 @@ class SubExperts(nn.Module):
         torch.where(selected, self.weight, self.frozen, out=self.frozen)
         self.owner.masked_fill_(selected, self.number)
         self.routers[self.number] = router
-        self.is_open = False
 
     # ---- the life of a token
 
@@ -405,6 +411,7 @@ class SubExperts(nn.Module):
     def finished_matrices(self, lineage):
         """The matrices of a finished task. They never change."""
         number = lineage[0]
+        # Equation (3) without `weight`, since a finished task reads used entries alone.
         pool = torch.where(self.read_by(lineage), self.frozen, 0.0)
         return self.matrices(pool, self.routers[number].to(pool.device))
 
@@ -421,6 +428,8 @@ class SubExperts(nn.Module):
             # All experts are computed, also those whose gate is 0: they are small, and one product
             # for all is simpler than picking K of them for each token.
             hidden = hidden.view(*gates.shape, R) * gates.unsqueeze(-1)  # (B, T, E, R)
+            # The rows of B of all experts stand below each other. So this product is the sum over
+            # the experts, too.
             return hidden.flatten(-2) @ scaled_B  # (B, T, O)
 
     def add_delta(self, linear, args, out):
@@ -442,13 +451,19 @@ class SubExperts(nn.Module):
 
     # ---- not the method, which goes on in the class MoSE: forgetting, casts and state_dict()
 
-    def keep_only(self, lineages):
-        """Keep what tasks with these lineages read, and free all other entries."""
-        read = torch.zeros_like(self.owner, dtype=torch.bool)  # (N,)
+    def unread(self, lineages):
+        """The entries that no task with one of these lineages reads, a bool mask (N,)."""
+        mask = torch.ones_like(self.owner, dtype=torch.bool)
         for lineage in lineages:
-            read |= self.read_by(lineage)
-        self.owner.masked_fill_(~read, 0)
-        self.frozen.masked_fill_(~read, 0.0)  # so it holds nothing of a forgotten task
+            mask &= ~self.read_by(lineage)
+        return mask
+
+    def clear(self, number, unread):
+        """Drop the router of a task, and free these entries. Like `finish`, it takes no memory."""
+        self.routers.pop(number, None)
+        self.owner.masked_fill_(unread, 0)
+        # So `frozen` holds nothing of a forgotten task but what others read.
+        self.frozen.masked_fill_(unread, 0.0)
 
     def _apply(self, fn, recurse=True):
         # The experts follow their layer to another device, but not to another dtype: model.half()
@@ -467,13 +482,14 @@ class SubExperts(nn.Module):
 
     def _save_to_state_dict(self, *args):
         # state_dict() holds the base and the Parameters of the open task. When no task is open, it
-        # is the base alone. To go on with an open task, load the finished ones, call begin_task
-        # with the same source and need, observe the prompts again, and then call load_state_dict.
-        if self.is_open:
+        # is the base alone. To be able to go on with an open task later, save() the finished ones
+        # before begin_task. Later load() them all, call begin_task with the same source and need,
+        # observe the prompts again, and then call load_state_dict.
+        if self.number > 0:
             super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        if self.is_open:
+        if self.number > 0:
             super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected,
                                           errors)
         else:
@@ -485,7 +501,7 @@ class SubExperts(nn.Module):
 # ------------------------------------------------------------------------------ the whole
 
 # A task starts from a finished one only if the error under that one is below this share of the
-# error without a source (`best_source`).
+# error of the bare base, and of a constant answer (`best_source`).
 WELL_BELOW = 0.75
 
 
@@ -517,13 +533,13 @@ class MoSE:
         expect(isinstance(self.config, MoSEConfig),
                f"config: got {config!r}, expected a MoSEConfig")
         self.tasks = {}
-        self._close()  # no task is open
         self.active = None
         self.last_number = 0  # the number of the newest task; none is used twice
         check_model(model)
         targets = find_targets(model, self.config.targets)
         self._remember_base(targets)
         self.layers = [SubExperts(linear, self.config) for linear in targets]
+        self._close()  # no task is open
         self.keys = TaskKeys(model.get_input_embeddings(), self.config.key_dim)
         self.packed = {}  # {number of a task: its entries as few bytes}: see `_pack`
         self.attached = True
@@ -542,7 +558,8 @@ class MoSE:
         source: a finished task to start from. need: share of the usual number of new entries.
         `begin_task(name, *mose.best_source(probe))` chooses both (see `best_source`). Raises
         ValueError if a task is open, if the name is taken, if a parameter of the base requires a
-        gradient, or if a task without a source would get no entry.
+        gradient, or if a task without a source could learn in no layer, since it would get no entry
+        of B there, or would read no A.
         """
         name = plain_str(name)
         expect(self.open is None, f"task {self.open!r} is open: end_task() or forget() it first")
@@ -563,7 +580,7 @@ class MoSE:
                "free entries is under 1. forget() a task, or attach with more rank, or another "
                "density")
         for layer in self.layers:
-            layer.is_open = True
+            layer.number = lineage[0]
         self.last_number += 1
         sums = self.keys.new_sums()  # over the prompts that are observed, for its key
         self.open, self.open_lineage, self.open_sums = name, lineage, sums
@@ -600,9 +617,9 @@ class MoSE:
                    for layer in self.layers]
         for layer, (selected, router) in zip(self.layers, learned):
             layer.finish(selected, router)
+        self.set_task(None)  # so the bare base is in force if anything below fails
         self.tasks[name] = lineage
         self._close()
-        self.set_task(None)  # so the bare base is in force if anything below fails
         if has_key:
             self.keys.merge(name, sums)
         self.set_task(name)
@@ -716,24 +733,25 @@ class MoSE:
                 errors[source] = same_on_all_ranks(float(probe()))
             expect(0 <= errors[source] < math.inf,
                    f"probe() gave {errors[source]} under {source!r}, expected a number >= 0")
-        # Without a source, a task has the error of the base or that of the best constant answer.
-        without = min(errors.pop(None), guess)
+        # What a new task would begin with if it had no source: the error of the base or, if that is
+        # smaller, of the best constant answer.
+        at_first = min(errors.pop(None), guess)
         # Only the finished tasks are left in `errors`.
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
         # below the error of the base and of a constant answer. The new task then gets this share,
-        # errors[source] / without, of the usual number of new entries: the less error the source
+        # errors[source] / at_first, of the usual number of new entries: the less error the source
         # leaves, the fewer it needs. How the paper reuses experts is not known to us.
-        if errors[source] < WELL_BELOW * without:
-            return source, errors[source] / without
+        if errors[source] < WELL_BELOW * at_first:
+            return source, errors[source] / at_first
         return None, 1.0
 
     # ---- which task a prompt belongs to
 
     # CHOICE: the task is inferred from the token embeddings of the prompt alone, before any pass
-    # through the model. A prompt is the mean of its tokens' embeddings, a task is a distribution
-    # around the mean of its prompts, and a prompt belongs to the task under which it is most likely
-    # (TaskKeys, below). How the paper infers the task is not known to us.
+    # through the model. A prompt is a weighted mean of the embeddings of its tokens, a task is a
+    # distribution around the mean of its prompts, and a prompt belongs to the task under which it
+    # is most likely (TaskKeys, below). How the paper infers the task is not known to us.
 
     def observe(self, input_ids, attention_mask=None, task=None):
         """Add prompts (B, T) to the key of the open task, or of a finished one that is named.
@@ -791,7 +809,10 @@ class MoSE:
 
     def _close(self):
         """Leave no task open."""
+        # This comes first: while a task is open, its number says which entries `end_task` gave it.
         self.open, self.open_lineage, self.open_sums = None, None, None
+        for layer in self.layers:
+            layer.number = 0
 
     def _check_ready(self):
         """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
@@ -814,27 +835,25 @@ class MoSE:
     def forget(self, name):
         """Remove a finished task, or drop the open one. While one is open, only that one can go.
 
-        What the other tasks compute stays the same, bit for bit: entries that they read stay.
+        What the other tasks compute stays the same, bit for bit: entries that they read stay. If
+        the task is in force, also as one of a list, the bare base is in force afterwards.
         """
+        # (What an open task inherits would not count as read.)
         known = [*self.tasks] if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}"
                + (", since this task is open" if self.open is not None else ""))
-        # First, so that the bare base is in force if anything below fails.
+        number, *_ = self.open_lineage if name == self.open else self.tasks[name]
+        # What takes memory comes first: a lack of it can't leave some layers done and others not.
+        others = [lineage for other, lineage in self.tasks.items() if other != name]
+        unread = [layer.unread(others) for layer in self.layers]
         names_in_force = self.active if isinstance(self.active, list) else [self.active]
         if name in names_in_force:
             self.set_task(None)
-        if name == self.open:
-            number, *_ = self.open_lineage
-            self.tasks.pop(name, None)  # there if `end_task` was interrupted
-        else:
-            number, *_ = self.tasks.pop(name)
-        self.keys.tasks.pop(name, None)
+        self.keys.tasks.pop(name, None)  # before the task: `load` refuses a key without its task
+        self.tasks.pop(name, None)  # (an open task is there if `end_task` was interrupted)
         self._close()
-        for layer in self.layers:
-            layer.is_open = False
-        for layer in self.layers:
-            layer.routers.pop(number, None)
-            layer.keep_only(self.tasks.values())
+        for layer, mask in zip(self.layers, unread):
+            layer.clear(number, mask)
         counts = self._counts()
         # Tasks with fewer entries than before are to be compressed anew.
         self.packed = {n: pack for n, pack in self.packed.items() if counts.get(n) == pack[0]}
@@ -1052,8 +1071,9 @@ class TaskKeys:
 
     x   a prompt: a weighted mean of the embeddings of its own text, which a fixed random projection
         maps to dim numbers. dim is key_dim, or the width of the embeddings if that is less.
-    m   the mean of the x of a task, and s their standard deviation, one number for all dimensions.
-        `own_text` computes both from what `tasks` holds, which is about whole prompts.
+    m   the mean of the x of a task, in which a prompt counts by the share of its own text.
+    s   about their standard deviation, one number for all dimensions. `own_text` computes m and s
+        from what `tasks` holds, which is about whole prompts.
     S   the mean of s over all tasks.
     C   a covariance that all tasks share, scaled so that its mean variance is 1.
 
@@ -1070,7 +1090,8 @@ class TaskKeys:
     wide one. A prompt gets a task in any case, but the confidence falls towards 0 if the prompt is
     far from this task: if its distance is large, compared with the s^2 of the task.
 
-    Only running sums are kept, and no prompt.
+    Of the prompts, only running sums are kept, and the tokens that nearly all of them hold. (Of a
+    task with a single prompt, these are all of its tokens.)
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks that have a key:
             count     number of prompts
@@ -1109,7 +1130,7 @@ class TaskKeys:
         self.embedding = embedding
         D = embedding.weight.shape[1]
         dim = min(key_dim, D)
-        # (If dim is D, it is a change of basis, and does no harm.)
+        # (If dim is D it could be left out, but then there would be two cases.)
         self.projection = fixed_signs(D, dim)
         self.tasks = {}
         self.pooled = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
@@ -1117,7 +1138,8 @@ class TaskKeys:
     # ---- a prompt as numbers
 
     def tokens_and_weights(self, ids):
-        """The distinct tokens of a prompt (T,), and their weights in its mean (T,), of sum 1."""
+        """The distinct tokens of a prompt (U,), U <= T, and their weights in its mean (U,). The
+        weights sum to 1."""
         tokens, times = ids.unique(return_counts=True)
         # CHOICE: a token that occurs n times counts 1 + log n times, so that the words that all
         # prompts have don't hide those that tell tasks apart.
@@ -1208,7 +1230,7 @@ class TaskKeys:
         """([name], [confidence]) of prompts [(T,), ..]."""
         table = self.table()
         shared = self.shared_tokens()
-        own = []  # for each prompt: the mean of its tokens that are not shared
+        own = []  # for each prompt: the weighted mean of its tokens that are not shared
         is_empty = []  # for each prompt: whether all of its tokens are shared
         for ids in prompts:
             tokens, weights = self.tokens_and_weights(ids)
@@ -1262,8 +1284,8 @@ class TaskKeys:
         """(mean, standard deviation) of a task's prompts without the tokens that all tasks share.
 
         The mean of whole prompts is the weighted sum of the shared tokens, plus the own mean times
-        what is left of the weights. So the own mean follows from the other two. The deviation is
-        divided by what is left too: the shared part counts as the same in all prompts.
+        what is left of the weights, on average. So the own mean follows from the other two. The
+        deviation is divided by what is left too: the shared part counts as the same in all prompts.
         """
         _, mean, variance, common = self.tasks[name]
         weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)

@@ -212,15 +212,15 @@ def test_zeroed_gradients_would_not_keep_a_task_but_buffers_do():
     assert (layer.weight != weight)[used].any()  # control: weight decay moves them all the same
 
 
-def keep_own(layer, lineages, keep_only=SubExperts.keep_only):
-    """`keep_only` as if a task read what its lineage owns and nothing else: with 0 as its root, it
+def unread_but_own(layer, lineages, unread=SubExperts.unread):
+    """`unread` as if a task read what its lineage owns and nothing else: with 0 as its root, it
     reads no earlier entries of A."""
-    return keep_only(layer, [[*lineage, 0] for lineage in lineages])
+    return unread(layer, [[*lineage, 0] for lineage in lineages])
 
 
 def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch):
     # Off: all that the task owned is freed, though later tasks read its A.
-    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
+    guard or monkeypatch.setattr(SubExperts, "unread", unread_but_own)
     mose = learn(attach(), *"abc")
     before, share = snapshot(mose, "a", "c"), mose.capacity()["c"]["share"]
     values = [layer.frozen.clone() for layer in mose.layers]
@@ -246,7 +246,7 @@ def test_forgetting_frees_and_clears_what_only_that_task_read(guard, monkeypatch
 def test_tasks_are_forgotten_in_several_orders_and_the_others_stay(
         order, guard, tmp_path, monkeypatch):
     # Off: all that a task owned is freed.
-    guard or monkeypatch.setattr(SubExperts, "keep_only", keep_own)
+    guard or monkeypatch.setattr(SubExperts, "unread", unread_but_own)
     mose = learn(attach(density=0.2), *"ab")
     learn(mose, "c", source="a")
     learn(mose, "d")
@@ -743,7 +743,7 @@ def test_a_forget_that_fails_midway_leaves_the_bare_base_in_force(monkeypatch):
     mose = learn(attach(), *"ab")
     before = snapshot(mose, None, "a")
     assert mose.active == "b"
-    monkeypatch.setattr(mose.layers[1], "keep_only", interrupt)
+    monkeypatch.setattr(mose.layers[1], "clear", interrupt)
     with pytest.raises(KeyboardInterrupt):
         mose.forget("b")
     assert mose.active is None and [*mose.tasks] == ["a"]
@@ -754,6 +754,19 @@ def test_a_forget_that_fails_midway_leaves_the_bare_base_in_force(monkeypatch):
     assert any((layer.owner == 2).any() for layer in mose.layers)  # control: something is left
     mose.forget("a")  # the next one frees that as well
     assert not any(layer.owner.any() for layer in mose.layers)
+
+
+def test_a_forget_that_runs_out_of_memory_changes_nothing_and_can_be_repeated(monkeypatch):
+    mose = learn(attach(), *"ab")
+    before, capacity = snapshot(mose, *"ab"), mose.capacity()
+    monkeypatch.setattr(mose.layers[1], "unread", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mose.forget("b")
+    assert torch.equal(snapshot(mose, *"ab"), before) and mose.capacity() == capacity
+    assert {*mose.keys.tasks} == {*"ab"}
+    monkeypatch.undo()
+    mose.forget("b")
+    assert not any((layer.owner == 2).any() or 2 in layer.routers for layer in mose.layers)
 
 
 class Interrupting(dict):

@@ -124,7 +124,7 @@ def test_a_state_dict_with_a_task_is_refused_while_none_is_open(guard, monkeypat
     if not guard:  # off: it is passed over, and training would start anew without a word
         monkeypatch.setattr(
             SubExperts, "_load_from_state_dict", lambda layer, *args:
-            layer.is_open and torch.nn.Module._load_from_state_dict(layer, *args))
+            layer.number and torch.nn.Module._load_from_state_dict(layer, *args))
     state = learn(attach(), "a", end=False).model.state_dict()
     mose = attach()
     if guard:

@@ -10,7 +10,7 @@ import torch
 
 from mose import MoSE, MoSEConfig, TaskKeys
 from test_mose import (
-    TEMPLATE, adam, attach, data, guard, interrupt, learn, refuses, reloaded, step, tiny)
+    TEMPLATE, adam, attach, data, guard, interrupt, learn, refuses, reloaded, snapshot, step, tiny)
 
 
 def recognising(**prompts):
@@ -61,6 +61,53 @@ def test_at_the_edges_of_the_rule_no_source_is_chosen():
     assert mose.best_source(lambda: 0.0 if mose.active else 1.0) == ("a", 0.0)  # control
 
 
+def test_a_key_never_outlives_its_task(monkeypatch, tmp_path):
+    class Interrupting(dict):
+        pop = interrupt
+
+    mose = learn(attach(), *"ab")
+    tasks = mose.tasks
+    mose.tasks = Interrupting(tasks)
+    with pytest.raises(KeyboardInterrupt):
+        mose.forget("b")
+    mose.tasks = tasks
+    assert {*mose.keys.tasks} == {"a"}
+    # `load` refuses a file with a key without its task.
+    assert [*reloaded(mose, tmp_path / "m").tasks] == [*"ab"]
+
+
+def test_a_layer_too_narrow_for_an_entry_of_b_gets_none_of_a():
+    model = tiny()
+    model.narrow = torch.nn.Linear(32, 1)  # 1 % of the 64 entries of its B is none
+    mose = MoSE(model, MoSEConfig(("q_proj", "narrow")))
+    with pytest.warns(UserWarning, match="no key"):
+        learn_nothing(mose, "a")
+    *wide, narrow = mose.layers
+    assert not narrow.owner.any() and all(layer.owner.any() for layer in wide)
+
+
+def learn_nothing(mose, name, source=None, need=1.0):
+    mose.begin_task(name, source, need)
+    return mose.end_task()
+
+
+@pytest.mark.filterwarnings("ignore:task .* has no key")
+def test_a_layer_in_which_the_source_owns_nothing_learns_from_a_random_a():
+    model = tiny()
+    model.large = torch.nn.Linear(64, 64)
+    mose = MoSE(model, MoSEConfig(("q_proj", "large"), density=0.02, rank=1))
+    small, *_, large = mose.layers
+    learn_nothing(mose, "a", need=0.25)  # 0.5 % of 128 and of 256 entries of A, rounded down
+    assert not small.owner.any() and large.owner.any()
+    before = snapshot(mose, "a")
+    mose.begin_task("b", "a")
+    assert torch.equal(snapshot(mose, "b"), before)  # it starts as its source all the same
+    A, B = small.split(small.weight)
+    assert A.any() and not B.any()
+    A, _ = large.split(large.weight)
+    assert not A.any()  # control: here the source has an A, which can be learned with
+
+
 def test_a_probe_makes_no_graph():
     mose, grad = learn(attach(), "a"), []
     mose.best_source(lambda: grad.append(torch.is_grad_enabled()) or 1.0)
@@ -92,7 +139,7 @@ def test_a_forget_that_was_interrupted_leaves_no_layer_open(monkeypatch):
     mose.begin_task("b")
     assert any("sub_experts" in key for key in mose.model.state_dict())  # control: "b" is open
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mose.layers[0], "keep_only", interrupt)
+        patch.setattr(mose.layers[0], "clear", interrupt)
         mose.forget("b")
     assert not any("sub_experts" in key for key in mose.model.state_dict())
 
