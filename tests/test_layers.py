@@ -98,7 +98,7 @@ def generated(mose, task, ids, **options):
     (lambda: seq2seq("t5"), ("q", "v"), 6),  # of the encoder, the decoder, and from one to the other
     (lambda: seq2seq("t5"), ("EncDecAttention.k", "EncDecAttention.v"), 2),
     (lambda: seq2seq("bart"), ("encoder_attn.q_proj", "encoder_attn.v_proj"), 2),
-    (latent, ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), 8),
+    (latent, ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), 10),
 ], ids=["o", "mlp", "lm_head", "one path", "fused", "conv1d", "t5", "t5 cross", "bart cross", "mla"])
 def test_any_linear_layer_that_is_named_learns_and_does_not_forget(model, targets, count, guard,
                                                                    monkeypatch):

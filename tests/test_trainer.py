@@ -118,7 +118,7 @@ def test_evaluation_in_bf16_rounds_the_base_and_not_the_pool(guard, monkeypatch,
                for layer, old in zip(mose.layers, before)) == guard
 
 
-def test_what_accelerate_saved_of_an_open_task_goes_on_in_a_new_process(guard, tmp_path):
+def test_what_accelerate_saved_of_an_open_task_goes_on_in_a_newly_loaded_model(guard, tmp_path):
     ends, stop = [], learn(attach(), "a")
     stop.save(tmp_path / "mose.pt")
     for mose in (stop, MoSE.load(tiny(), tmp_path / "mose.pt")):

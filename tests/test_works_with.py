@@ -140,6 +140,7 @@ def test_recent_and_hybrid_architectures_learn_and_do_not_forget(kind, targets):
     model.requires_grad_(False)  # Jamba rounds otherwise if its weights need gradients
     bare, ids = model(data("a")).logits, data("c", 2)
     mose = learn(MoSE(model, MoSEConfig(targets=targets)), "a")
+    assert all(layer.split(layer.weight)[1].any() for layer in mose.layers)  # each has learned
     before = snapshot(mose, "a", None)
     assert torch.equal(before[1], bare) and not torch.equal(*before)
     assert torch.equal(snapshot(learn(mose, "b"), "a", None), before)
@@ -172,6 +173,7 @@ def test_a_grad_scaler_changes_nothing_and_leaves_out_a_step_that_is_not_finite(
             scaler.step(optimizer), scaler.update()
         ends[scale, spoilt] = snapshot(mose, "a")
     plain, scaled, left_out, control = ends.values()
+    assert torch.equal(plain, scaled)
     assert not torch.equal(plain, snapshot(mose, None)) and control.isnan().any()
     assert torch.equal(left_out, snapshot(mose, None))
 
@@ -202,7 +204,9 @@ from test_mose import adam, attach, data, snapshot, step
 
 torch.distributed.init_process_group("gloo")
 rank, ends = torch.distributed.get_rank(), []
-for wrap in (DistributedDataParallel, lambda model: model):
+for wrap in (DistributedDataParallel,
+             lambda model: DistributedDataParallel(model, forward_sync_buffers=False),
+             lambda model: model):
     mose = attach()
     model = wrap(mose.model)
     torch.manual_seed(rank)
@@ -228,9 +232,9 @@ def test_two_ranks_of_ddp_learn_the_same_and_forget_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = zip(*(torch.load(tmp_path / f"{rank}") for rank in range(2)))
     same = [torch.equal(*pair) for pair in ranks]
-    assert same == [True] * 3 + [False] * 3  # controls: each rank for itself
-    first, after, *_ = torch.load(tmp_path / "0")
-    assert torch.equal(first, after)
+    assert same == [True] * 6 + [False] * 3  # controls: each rank for itself
+    first, after, _, unsynced, *_ = torch.load(tmp_path / "0")
+    assert torch.equal(first, after) and torch.equal(first, unsynced)
     torch.manual_seed(0)
     one = attach()
     torch.manual_seed(0)
