@@ -16,9 +16,9 @@ task also has a router, whose gates weigh the experts for each token. All but to
     y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
     A, B = reads * where(used, frozen, weight)                                        (3)
 
-In all three, x is what the layer reads: D features of each token. In (1), `router` (E, P) does not
-see these, but P features that `projection` (D, P), which is random and fixed, makes of them. In
-(2), `scale` is a constant. (3) is about all entries of the pool:
+In (1) and (2), x is what the layer reads: D features of each token. `router` (E, P) does not see
+these, but P features that `projection` (D, P), which is random and fixed, makes of them. `scale` is
+a constant. (3) is about all entries of the pool:
 
     reads    marks the entries that the task in force reads, and all others count as 0. (The task
              in force is the one that the forward pass applies.)
@@ -290,25 +290,28 @@ class SubExperts(nn.Module):
             free = int((owner == 0).sum())
             self.num_new[part] = int(need * self.config.density * free)
         self.inherited.copy_(self.read_by(lineage))
-        if not has_source and not self.can_learn():
-            self.num_new = [0, 0]  # entries of A without B, or of B without A, would have no effect
+        inherited_A, inherited_B = self.split(torch.where(self.inherited, self.frozen, 0.0))
+        num_A, num_B = self.num_new
+        has_A = self.config.fixed_A or num_A > 0 or inherited_A.any()
+        has_B = num_B > 0 or inherited_B.any()
+        if not has_A or not has_B:
+            self.num_new = [0, 0]  # one of them without the other would have no effect
         # CHOICE: the scores start so close together that a few steps of Adam change their order.
         # After that, gradients decide which entries a task takes, and not the random start. A step
         # of Adam moves a score by about the learning rate. With the rate at the top of this file,
         # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (In
         # the first step no score has a gradient: B is 0, so its values and the gradients of A are
-        # 0. With a source, all new values are 0. So the first step learns on a random selection.)
+        # 0. With a source, new values are 0. So the first step learns on a random selection.)
         drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
         self.score.copy_(SCORE_SPREAD * drawn)
         # The last task also moved free entries that it did not select (see StraightThrough). They
         # start anew here: otherwise this task, which selects some of them, would not start exactly
         # as the base or as its source.
         self.weight.zero_()
-        inherited_A, _ = self.split(self.inherited)
-        # With a source, all new entries start at 0, so the task starts exactly as its source. They
-        # can learn, since the A and B of the source are not 0. But a layer may be so small that the
-        # source owns nothing there. This layer, and all layers of a task without a source, start
-        # with a random A, uniform in +-1/sqrt(D). Since B is 0, they start as the bare base.
+        # With a source, new entries start at 0, so the task starts exactly as its source. They can
+        # learn, since the A and B of the source are not 0. But a layer may be so small that the
+        # source has no A there. This layer, and all layers of a task without a source, start with
+        # a random A, uniform in +-1/sqrt(D). Since B is 0, they start as the bare base.
         if not has_source or not inherited_A.any():
             D = len(self.projection)  # projection is (D, P); A has no rows if it is fixed
             A, _ = self.split(self.weight)
@@ -356,12 +359,10 @@ class SubExperts(nn.Module):
         return torch.cat([mask_A, mask_B])
 
     def can_learn(self):
-        """Whether entries of B can learn, in the task that `begin` has prepared last: they need an
-        A that is not 0, of the task itself, inherited or fixed."""
+        """Whether the task that `begin` has prepared last gets entries of B. (Where it would have
+        no A, `begin` gives it none.)"""
         num_A, num_B = self.num_new
-        inherited_A, _ = self.split(self.inherited)
-        has_A = self.config.fixed_A or num_A > 0 or bool(inherited_A.any())
-        return num_B > 0 and has_A
+        return num_B > 0
 
     @torch.no_grad()
     def round_to_bf16(self):
@@ -664,6 +665,7 @@ class MoSE:
             expected += f", or the open task alone, {self.open!r}"
         expect(is_open or not unknown, f"unknown tasks {unknown}: {expected}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
+        check_copies(self.model, self.layers)
         if task is not None:  # the bare base needs no experts
             check_layers(self.model, self.layers)
         rows_of = {}  # {name of a task: its rows of the batch, or None for all rows}
@@ -733,17 +735,17 @@ class MoSE:
                 errors[source] = same_on_all_ranks(float(probe()))
             expect(0 <= errors[source] < math.inf,
                    f"probe() gave {errors[source]} under {source!r}, expected a number >= 0")
-        # What a new task would begin with if it had no source: the error of the base or, if that is
-        # smaller, of the best constant answer.
-        at_first = min(errors.pop(None), guess)
+        # The error that a source has to beat: of the base or, if that is smaller, of the best
+        # constant answer.
+        to_beat = min(errors.pop(None), guess)
         # Only the finished tasks are left in `errors`.
         source = min(errors, key=errors.get)
         # CHOICE: a new task starts from the finished one with the smallest error, if this is well
         # below the error of the base and of a constant answer. The new task then gets this share,
-        # errors[source] / at_first, of the usual number of new entries: the less error the source
+        # errors[source] / to_beat, of the usual number of new entries: the less error the source
         # leaves, the fewer it needs. How the paper reuses experts is not known to us.
-        if errors[source] < WELL_BELOW * at_first:
-            return source, errors[source] / at_first
+        if errors[source] < WELL_BELOW * to_beat:
+            return source, errors[source] / to_beat
         return None, 1.0
 
     # ---- which task a prompt belongs to
@@ -816,6 +818,7 @@ class MoSE:
 
     def _check_ready(self):
         """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
+        check_copies(self.model, self.layers)
         check_layers(self.model, self.layers)
         check_base_is_frozen(self.model, self.layers)
         if self.open is None:
@@ -838,7 +841,8 @@ class MoSE:
         What the other tasks compute stays the same, bit for bit: entries that they read stay. If
         the task is in force, also as one of a list, the bare base is in force afterwards.
         """
-        # (What an open task inherits would not count as read.)
+        # While a task is open, no other one can go: what the open one inherits does not count as
+        # read.
         known = [*self.tasks] if self.open is None else [self.open]
         expect(name in known, f"can't forget {name!r}: expected one of {known}"
                + (", since this task is open" if self.open is not None else ""))
@@ -879,12 +883,13 @@ class MoSE:
         self.attached = False
         ids = {layer.handle.id for layer in self.layers}
         for module in [*self.model.modules()]:
-            # quantize_dynamic copies the hooks to layers of its own, under other ids. If somebody
-            # has wrapped a hook in a function, only its id tells whose it is.
+            # quantize_dynamic copies the hooks to layers of its own, under other ids. A layer that
+            # somebody has copied has copies of experts too. If somebody has wrapped a hook in a
+            # function, only its id tells whose it is.
             for key, hook in [*module._forward_hooks.items()]:
-                if key in ids or getattr(hook, "__self__", None) in self.layers:
+                if key in ids or is_ours(getattr(hook, "__self__", None)):
                     del module._forward_hooks[key]
-            if getattr(module, "sub_experts", None) in self.layers:
+            if is_ours(getattr(module, "sub_experts", None)):
                 del module.sub_experts
         for module, key in self.trainable_before:
             # Others may have given it another name: pruning (_orig), weight norm (_g and _v), or a
@@ -1047,8 +1052,8 @@ class MoSE:
         for name, lineage in tasks.items():
             falling = sorted({*lineage}, reverse=True)  # a source is older than its task
             expect(lineage == falling and 0 < min(lineage) and max(lineage) <= last_number,
-                   f"task {name!r} has the lineage {lineage}, expected falling numbers from "
-                   f"{last_number} to 1")
+                   f"task {name!r} has the lineage {lineage}, expected numbers of 1 to "
+                   f"{last_number}, each smaller than the one before")
             found = tuple(routers[lineage[0]].shape)
             expect(found == shape, f"the routers of {name!r} are {found}, expected {shape}")
         self.keys.restore(*keys)
@@ -1398,9 +1403,8 @@ def find_targets(model, targets):
 def check_model(model):
     """Raise ValueError for a model that can't be adapted."""
     names = [name for name, _ in model.named_modules()]
-    # By name and not by class: another copy of this file has another class SubExperts.
-    owners = [type(owner).__name__ for _, owner in hooks_of(model)]
-    there = "SubExperts" in owners or any(name.endswith("sub_experts") for name in names)
+    has_hook = any(is_ours(owner) for _, owner in hooks_of(model))
+    there = has_hook or any(name.endswith("sub_experts") for name in names)
     expect(not there,
            "a MoSE is attached to this model already: detach() it first. (A deepcopy of the model "
            "alone can't be detached: copy the MoSE, with its model in it)")
@@ -1425,6 +1429,12 @@ def check_model(model):
            f"({MORE})")
 
 
+def is_ours(owner):
+    """Whether it is a SubExperts. By name and not by class: another copy of this file, or one that
+    was reloaded, has another class of this name."""
+    return type(owner).__name__ == "SubExperts"
+
+
 def hooks_of(model):
     """[(id, object whose method it is, or None)] of all forward hooks in a model. A deepcopy of a
     layer has hooks of the same ids."""
@@ -1433,25 +1443,28 @@ def hooks_of(model):
 
 
 def check_layers(model, layers):
-    """Raise ValueError if somebody has removed a hook, copied a layer, or sharded the experts."""
+    """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
     hooks = hooks_of(model)
     owners = {id(owner) for _, owner in hooks}
-    without_owner = {key for key, owner in hooks if owner is None}
+    wrapped = {key for key, owner in hooks if not is_ours(owner)}
     for layer in layers:
         # A hook that somebody has wrapped in a function still has its id. In a copy of the linear
         # layer, which quantize_dynamic makes, it has another id and still belongs to `layer`.
-        expect(id(layer) in owners or layer.handle.id in without_owner,
+        expect(id(layer) in owners or layer.handle.id in wrapped,
                "the hook of a target is gone, so the layer would be the bare base: detach() this "
                "MoSE (unless you did), and load() it again")
-    ids = {id(layer) for layer in layers}
-    copies = [owner for _, owner in hooks
-              if isinstance(owner, SubExperts) and id(owner) not in ids]
-    expect(not copies, f"{len(copies)} targets are copies of layers with experts, so they would "
-                       "never get another task: copy layers before you attach a MoSE")
-    for layer in layers:
         expect(type(layer.weight) is nn.Parameter and layer.weight.shape == layer.frozen.shape,
                "the experts are sharded: shard the base first and attach the experts then, or pass "
                f"all parameters of mose.layers as ignored_params ({MORE})")
+
+
+def check_copies(model, layers):
+    """Raise ValueError if somebody has copied a layer with its experts into the model: a copy would
+    always apply the task that was in force then."""
+    ids = {id(layer) for layer in layers}
+    copies = [owner for _, owner in hooks_of(model) if is_ours(owner) and id(owner) not in ids]
+    expect(not copies, f"{len(copies)} layers of the model are copies of targets, with experts "
+                       "that no task reaches: detach() this MoSE, and load() it again")
 
 
 def check_base_is_frozen(model, layers):

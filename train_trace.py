@@ -165,7 +165,7 @@ def diverged(what, lr):
                       "(--lr of mose and mose_fixed, --lora_lr of the others), another --name, and "
                       "in --methods those that are not done. (--resume would diverge again.) "
                       "What was saved before is still there: for the tables of all methods that "
-                      "are done, python -m figures.report runs/NAME")
+                      f"are done, in {ROOT}: python -m figures.report runs/NAME")
 
 
 def share_of_rate(step, steps):
@@ -276,7 +276,8 @@ def to_go_on(todo, runs, more=""):
     folders = dict.fromkeys(shlex.quote(str(folder)) for folder, _, _ in todo)
     commands = [f"{START} {SCRIPT} --resume {folder}{more}" for folder in folders]
     if len(runs) > 1:
-        commands.append(f"python -m figures.report {shlex.join(map(str, runs))}")
+        folders = shlex.join(str(folder.resolve()) for folder in runs)
+        commands.append(f"(cd {shlex.quote(str(ROOT))} && python -m figures.report {folders})")
     return "\n".join(commands)
 
 
@@ -312,8 +313,9 @@ def session(todo, runs, args):
         learn_and_test(todo, args, model, tokenizer, tasks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
-            print("What was learned and tested before is saved. If the error below can be mended, go "
-                  f"on:\n{to_go_on(todo, runs)}", file=sys.stderr)
+            if processes.RANK == 0:
+                print("What was learned and tested before is saved. If the error below can be mended, "
+                      f"go on:\n{to_go_on(todo, runs)}", file=sys.stderr)
             raise
         fewer = max(1, args.tokens // 2)
         raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say (and with "

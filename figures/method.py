@@ -2,9 +2,9 @@
 
     python -m figures.method runs/default             # writes results/method.png
 
-Top: the A of q_proj in the first layer, each entry of the pool in the colour of the task that owns
-it, and the gates of each token of one prompt at v_proj in the last layer, from 0 to 1. Bottom: what
-each task scores after it and after all later ones, for one LoRA trained in sequence and for MoSEs.
+Top: the A of the first layer with experts, each entry of the pool in the colour of the task that
+owns it, and the gates of each token of one prompt in the last one, from 0 to 1. Bottom: what each
+task scores after it and after all later ones, for one LoRA trained in sequence and for MoSEs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from mose import MoSE
 from figures import report
-from figures.gates import gates_of_prompt, owners
+from figures.gates import gates_of_prompt, layer_names, owners
 from tracebench.data import encode, read
 from tracebench.model import load_model
 from tracebench.options import Args
@@ -47,7 +47,7 @@ def main():
     (pool, router), matrices = axes
     colours = matplotlib.colors.ListedColormap(COLOURS[:len(tasks)])
     colours.set_under("white")
-    first = mose.layers[0]
+    first, names = mose.layers[0], layer_names(mose)
     A, _ = first.split(owners(mose, first))  # (D, E*R)
     image = pool.imshow(A, cmap=colours, vmin=0.5, vmax=len(tasks) + 0.5, aspect="auto",
                         interpolation="nearest")
@@ -56,7 +56,7 @@ def main():
         pool.axvline(e * width - 0.5, color="grey", linewidth=0.8)  # (black is a task)
     pool.set_xticks([e * width + width / 2 for e in range(mose.config.num_experts)],
                     [f"expert {e}" for e in range(mose.config.num_experts)])
-    pool.set(title="which task owns which entry of A (q_proj, first layer)", ylabel="input dimension")
+    pool.set(title=f"which task owns which entry of A ({names[0]})", ylabel="input dimension")
     bar = figure.colorbar(image, ax=pool, ticks=range(1, len(tasks) + 1))
     bar.ax.set_yticklabels(tasks, fontsize=9)
     bar.ax.invert_yaxis()  # in the order of learning, as the matrices below
@@ -68,7 +68,7 @@ def main():
     image = router.imshow(values, cmap="Greys", aspect="auto", vmin=0, vmax=1)
     router.set_yticks(range(len(tokens)), tokens, fontsize=8)
     router.set_xticks(range(values.shape[1]), [f"expert {e}" for e in range(values.shape[1])])
-    router.set(title=f"gates of a prompt of {task} (v_proj, last layer)", ylabel="token")
+    router.set(title=f"gates of a prompt of {task} ({names[-1]})", ylabel="token")
     figure.colorbar(image, ax=router)
     for axis, (method, result) in zip(matrices, results.items()):
         title = {"lora": "one LoRA in sequence: scores", "mose": "MoSEs: scores"}[method]

@@ -82,8 +82,9 @@ def test_a_layer_too_narrow_for_an_entry_of_b_gets_none_of_a():
     mose = MoSE(model, MoSEConfig(("q_proj", "narrow")))
     with pytest.warns(UserWarning, match="no key"):
         learn_nothing(mose, "a")
+        learn_nothing(mose, "b", source="a")  # the source has no B there either
     *wide, narrow = mose.layers
-    assert not narrow.owner.any() and all(layer.owner.any() for layer in wide)
+    assert not narrow.owner.any() and all((layer.owner == 2).any() for layer in wide)
 
 
 def learn_nothing(mose, name, source=None, need=1.0):
@@ -129,6 +130,7 @@ def test_a_task_whose_end_was_interrupted_late_can_be_forgotten(monkeypatch):
         patch.setattr(mose, "_close", interrupt)
         mose.end_task()
     assert mose.open == "a" and [*mose.tasks] == ["a"]  # control: it is both, open and finished
+    assert mose.active is None  # so the bare base is in force
     mose.forget("a")
     assert mose.open is None and not mose.tasks
     assert not any(layer.owner.any() for layer in mose.layers)

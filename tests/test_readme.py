@@ -81,7 +81,7 @@ BOTH = {
     "a LoRA of rank 1 for each task": (frontier.LORAS[1], "task_lora r1 1e-2"),
     "a LoRA of rank 2 for each task": (frontier.LORAS[2], "task_lora r2 1e-2"),
     "a VeRA of rank 256 for each task": ("VeRA r256 1e-1", "VeRA r256 1e-1"),
-    "**MoSEs**, the default": ("mose 0.01", "mose 1e-2"),
+    "**MoSEs**, density 0.01 (the default)": ("mose 0.01", "mose 1e-2"),
     "MoSEs, density 0.02": ("mose 0.02", "mose .02 1e-2"),
     "MoSEs, one expert": ("one expert 0.01", "one expert 1e-2"),
     "MoSEs, density 0.001": ("mose 0.001", "mose .001 1e-2"),

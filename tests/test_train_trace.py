@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import train_trace
 from figures import report
-from tracebench import processes
+from tracebench import options, processes
 from tracebench.data import batches, cut, encode, pad, passes, read, to_text
 from tracebench.methods import (
     KINDS, METHODS, attach, check_density, check_targets, lessons, rate, tasks_to_test)
@@ -786,11 +786,17 @@ def test_decoding_that_runs_out_of_memory_goes_on_in_smaller_passes(base, monkey
     most = 0  # control: a single row does not fit
     with pytest.raises(torch.OutOfMemoryError):
         train_trace.generate(model, tokenizer, task, range(20), Args())
+    most = 6
+    sizes.clear()
+    monkeypatch.setattr(processes, "SHARDED", True)  # the others would wait for more passes
+    with pytest.raises(torch.OutOfMemoryError):
+        train_trace.generate(model, tokenizer, task, range(20), Args())
+    assert sizes == [20]
 
 
 @pytest.mark.parametrize("max_prompt, positions, says", [
     (8, 2048, r"500 of 500 prompts have more than 8 tokens, .* the last ones \(--max_prompt\)"),
-    (1024, 10, r"500 of 500 .* more than 8 .*answer of 2 tokens, which leaves .* model's 10 positions"),
+    (1024, 10, r"500 of 500 .* more than 8 .*the model has 10 positions, .* longest answer .* takes 2"),
     (1024, 2048, None)])
 def test_prompts_that_are_cut_are_counted(max_prompt, positions, says, base, capsys, monkeypatch):
     monkeypatch.setattr(base[0].config, "max_position_embeddings", positions)
@@ -830,7 +836,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
     assert str(stop.value).endswith(
         f"To go on:\npython {script} --resume 'runs/two words-0'\n"
         f"python {script} --resume 'runs/two words-1'\n"
-        "python -m figures.report 'runs/two words-0' 'runs/two words-1'")
+        f"(cd {ROOT} && python -m figures.report '{tmp_path}/runs/two words-0' "
+        f"'{tmp_path}/runs/two words-1')")
     assert train_trace.parse(["--resume", "runs/two words-1"]).seeds == "1"
 
 
@@ -913,7 +920,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(processes, "WORLD", 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 .* no GPU, since torch sees 2: .*nproc-per-node 2"):
+    with pytest.raises(ValueError, match="number 2 .* torch sees 2 GPUs: .*nproc-per-node 2"):
+        processes.start("cuda")
+    monkeypatch.delenv("LOCAL_RANK")  # another launcher
+    with pytest.raises(ValueError, match="number -1 .* start it by torchrun"):
         processes.start("cuda")
 
 
@@ -940,16 +950,6 @@ def test_a_base_that_would_be_partly_random_is_refused(spoil, says, base, tmp_pa
         train_trace.load_model(Args(model=str(tmp_path), device="cpu"))
 
 
-def test_all_tokens_that_end_an_answer_of_the_base_are_kept(base, tmp_path):
-    for part in base:
-        part.save_pretrained(tmp_path)
-    for ends in (7, [7, 8]):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-        model, tokenizer = train_trace.load_model(Args(model=str(tmp_path), device="cpu"))
-        known = {7, 8} if ends == [7, 8] else {7}
-        assert {*model.generation_config.eos_token_id} == {tokenizer.eos_token_id, *known}
-
-
 def test_a_prompt_that_begins_with_the_bos_gets_no_second_one(base):
     tokenizer = base[1]
     plain, _ = encode(tokenizer, {"prompt": "one two", "answer": "x"})
@@ -964,6 +964,20 @@ def test_targets_outside_of_the_language_model_are_refused(base):
     says = "4 of these layers are outside of the language model, such as model.vision_tower"
     with pytest.raises(ValueError, match=says):
         check_targets(multimodal(), Args())
+
+
+def test_targets_are_checked_before_a_run_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_trace, "check_targets", lambda model, args: fail(model))
+    with pytest.raises(ValueError, match="no fingerprint"):
+        train_trace.main(Args(methods="lora", name="r", device="cpu", **SHORT))
+
+
+@pytest.mark.parametrize("resumed, says", [(True, "--resume runs/r"), (False, "--shard ..")])
+def test_how_to_start_several_processes_fits_the_run(resumed, says, tmp_path, monkeypatch):
+    args = Args(shard=True, resume="runs/r" if resumed else "")
+    with pytest.raises(ValueError, match=re.escape(f"train_trace.py {says}")):
+        options.check(args)
 
 
 def test_force_removes_nothing_before_the_run_can_start(tmp_path, monkeypatch):

@@ -60,5 +60,5 @@ def ask(args):
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room)
     answer = out[0, ids.shape[1]:]
     print(f"answer: {to_text(tokenizer, answer)}")
-    if not {*model.generation_config.eos_token_id} & {*answer.tolist()}:
+    if tokenizer.eos_token_id not in answer:
         print(f"(it was cut after {len(answer)} tokens)")

@@ -197,11 +197,10 @@ def load_task(base, name, metric, tokenizer, *, epochs=1, split="test", max_prom
     prompts = [prompt for prompt, _ in [*chosen, *encoded_test]]
     num_cut = sum(len(prompt) > limit for prompt in prompts)
     if num_cut:
+        why = "--max_prompt"
         if limit < max_prompt:
-            why = (f"row {lengths.index(longest)} of train has an answer of {longest} tokens, which "
-                   f"leaves so many of the model's {positions} positions: shorten or remove it")
-        else:
-            why = "--max_prompt"
+            why = (f"the model has {positions} positions, and the longest answer in train, row "
+                   f"{lengths.index(longest)}, takes {longest} of them")
         print(f"{name}: {num_cut} of {len(prompts)} prompts have more than {limit} tokens, of which the "
               f"model reads the last ones ({why})")
     return Task(

@@ -71,7 +71,7 @@ def check_targets(model, args):
     """Raise ValueError if targets lie outside of the language model, as in the image encoder of a
     multimodal one: the experts there would learn nothing, and be stored with each task."""
     decoder = model.get_decoder()
-    if decoder is None:  # a model of text alone, in transformers 4
+    if decoder is None:  # transformers 4 does not know it for all models
         return
     inside = {*decoder.modules(), model.get_output_embeddings()}
     targets = find_targets(model, listed(args.targets))

@@ -76,12 +76,8 @@ def load_model(args):
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_tokens:
         tokenizer.pad_token = tokenizer.eos_token  # it is masked everywhere
     # A checkpoint's own settings may sample or punish repetition; scores are for greedy decoding.
-    # But the bare base may end its answers by other tokens than the EOS, which are kept.
-    ends = model.generation_config.eos_token_id  # a number, a list or None
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = {tokenizer.eos_token_id, *ends} - {None}
     model.generation_config = transformers.GenerationConfig(
-        do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval(), tokenizer

@@ -1,6 +1,5 @@
 """What several processes of one run (torchrun) share. With one process, all of it does nothing."""
 
-import datetime
 import os
 import sys
 
@@ -24,14 +23,12 @@ def start(device):
             raise ValueError(f"{WORLD} processes were started, and they can work together on cpu and "
                              f"cuda only, got {device}: add --device cpu, or start one process")
         if device == "cuda":
-            own, count = int(os.environ.get("LOCAL_RANK", RANK)), torch.cuda.device_count()
-            if own >= count:
-                raise ValueError(f"process {own} of this machine has no GPU, since torch sees {count}: "
-                                 f"start it by torchrun --nproc-per-node {count}")
+            own, count = int(os.environ.get("LOCAL_RANK", -1)), torch.cuda.device_count()
+            if not 0 <= own < count:
+                raise ValueError(f"this process has the number {own} on this machine, where torch sees "
+                                 f"{count} GPUs: start it by torchrun --nproc-per-node {count}")
             torch.cuda.set_device(own)
-        # The first process may compress a large file for longer than the usual ten minutes.
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(hours=4))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
 def shards():

@@ -161,13 +161,14 @@ def note_inputs(runs, inputs):
 
     runs: {folder: its Args}. inputs: what `inputs_of` returned.
     """
-    place, weights, digests = inputs["base"], inputs["weights"], inputs["data"]
+    dtype_and_device, weights, digests = inputs["base"], inputs["weights"], inputs["data"]
     for folder, args in runs.items():
         notes = notes_of(folder)
-        began_with = notes.get("base", place)
-        if began_with != place:
-            raise ValueError(f"{folder}: the base was {began_with} when this run began, and is {place} "
-                             "now: resume it on a machine like that, or start again with another --name")
+        began_with = notes.get("base", dtype_and_device)
+        if began_with != dtype_and_device:
+            raise ValueError(f"{folder}: the base was {began_with} when this run began, and is "
+                             f"{dtype_and_device} now: resume it on a machine like that, or start again "
+                             "with another --name")
         other = differences(notes.get("weights", weights), weights, [])
         if other:
             raise ValueError(f"{folder}: the base is another one than when this run began: "
@@ -187,7 +188,9 @@ def note_inputs(runs, inputs):
 def write_report(runs):
     """Tables and figures of finished runs, by a process of its own: whatever it does, the results
     are safe."""
-    print("making tables, figures and page.html (for this page, the base is loaded on the CPU)")
+    # (Without flush, this would stand below what the other process prints.)
+    print("making tables and figures, and page.html if there are MoSEs (it loads the base on the CPU)",
+          flush=True)
     command = [sys.executable, "-m", "figures.report", *map(str, runs)]
     # It is one process, though torchrun may have started this one as one of several.
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
