@@ -5,42 +5,53 @@ introduction and captions. Copy this file: it needs only torch, 2.13 or newer.
 
 The base model is frozen. Each adapted linear layer y = x W, with D inputs and O outputs, gets a
 mixture of E low-rank experts. Expert e is a pair of matrices A_e (D, R) and B_e (R, O) of rank R.
-All weights of the layer's experts form its pool, and each single weight is an entry of it. A task
-owns a few entries of each pool: its mask selects those with the best scores among the free entries,
-which nobody owns yet. It selects in A and in B separately, and the scores are learned with the
-weights. While a task is learned, its mask selects anew in each forward pass. When the task ends, it
-owns what is selected then. The part of an expert that a task reads is a SubExpert. In each layer a
-task also has a router, whose gates weigh the experts for each token. All but top_k gates are 0:
+All weights of the layer's experts form its pool, and each single weight is an entry of it. Each
+entry is owned by one task at most, and nobody changes it from then on. The part of an expert that a
+task reads is a SubExpert. In each layer a task also has a router, whose gates weigh the experts for
+each token. All but top_k gates are 0:
 
-    gate = top_k(softmax(x @ projection @ router.T))                                  (1)
-    y    = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                       (2)
-    A, B = reads * where(used, frozen, weight)                                        (3)
+    gate  = top_k(softmax(x @ projection @ router.T))                                 (1)
+    y     = x W + scale * sum over e of gate_e * (x @ A_e) @ B_e                      (2)
+    A, B  = reads * where(used, frozen, weight)                                       (3)
+    reads = inherited | the free entries with the best scores, while a task learns    (4)
+    d loss / d weight = grad,  d loss / d score = grad * weight, for free entries     (5)
 
 In (1) and (2), x is what the layer reads: D features of each token. `router` (E, P) does not see
 these, but P features that `projection` (D, P), which is random and fixed, makes of them. `scale` is
-a constant. (3) is about all entries of the pool:
+a constant. (3) to (5) are about all entries of the pool:
 
-    reads    marks the entries that the task in force reads, and all others count as 0. (The task
-             in force is the one that the forward pass applies.)
-    used     marks the entries that finished tasks own, and the others are free. (When a task is
-             forgotten, those that others read stay used.)
-    frozen   has the values of the used entries. It is a buffer, so no optimizer holds it.
-    weight   is the Parameter with the values of the free entries, which the optimizer changes.
+    reads      marks the entries that the task in force reads, and all others count as 0. (The task
+               in force is the one that the forward pass applies.)
+    used       marks the entries that finished tasks own, and the others are free. (When a task is
+               forgotten, those that others read stay used.)
+    frozen     has the values of the used entries. It is a buffer, so no optimizer holds it.
+    weight     is the Parameter with the values of the free entries, which the optimizer changes.
+    score      is a Parameter too: a number for each free entry. (4) selects as many entries as the
+               task may own, in A and in B separately. They are its mask, which is made anew in each
+               forward pass.
+    inherited  marks what the task reads of finished tasks. It stays the same while the task learns.
 
-A task reads the entries that it owns, and some that finished tasks own: usually all entries of A
-that were used when it began. Their values are stored already, so it takes no more bytes to read
-them. But a task may start from a finished task, its source. Besides its own entries, it then reads
-what its source reads and no others.
+In (5), grad is the gradient of the loss with respect to an entry of A or B in (3). The choice in
+(4) has no useful gradient. So a score gets the one that it would have as a factor in the place of
+`reads`. A weight gets grad, whether its entry is read or not. When the task ends, it owns the free
+entries that are selected then.
 
-Nothing that a finished task computes can change. Later tasks can only select free entries, so the
-values that it reads stay. Which entries it reads is fixed by who owns them: itself, its source, the
-source's source and so on, and in A also tasks that were finished before the first of these began. A
-later task is none of them. And its routers are stored. So forgetting is ruled out by construction.
-(Which task is found for a prompt can still change when there are more tasks.)
+A task without a source inherits all entries of A that were used when it began. Their values are
+stored already, so it takes no more bytes to read them, and they give its own B more input. It reads
+no used entries of B, which would add the outputs of earlier tasks to its own. But a task may start
+from a finished task, its source. Then it inherits what its source reads, and nothing else. Say that
+task 3 starts from task 2, and that the others have no source. Then task 2 reads its own entries and
+those of task 1 in A. Task 3 reads its own entries and what task 2 reads. Task 4 reads its own
+entries and those of tasks 1, 2 and 3 in A.
+
+So nothing that a finished task computes can change. The entries that it reads are used, and later
+tasks change free ones alone. Which entries these are was fixed when it ended. And its routers are
+stored. So a task that is put in force by its name is never forgotten. (If its name is inferred from
+the prompt, a later task may be found instead.)
 
     mose = MoSE(model)
     mose.begin_task("FOMC")
-    mose.observe(train_prompt_ids)                      # makes the key that recognises the task
+    mose.observe(train_prompt_ids, train_mask)          # makes the key that recognises the task
     rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
     # (Weight decay would pull weights, scores and routers towards 0.)
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate, weight_decay=0.0)
@@ -49,14 +60,14 @@ later task is none of them. And its routers are stored. So forgetting is ruled o
         optimizer.step()
         optimizer.zero_grad()
     mose.end_task()
-    mose.set_task(mose.infer_task(test_prompt_ids))     # or set_task("FOMC") if the task is known
+    mose.set_task(mose.infer_task(test_prompt_ids, test_mask))    # or set_task("FOMC"), if known
 
 Shapes: B batch, T tokens, D in, O out, E experts, R rank, K active experts (top_k), P features that
 a router reads, N = E * R * (D + O) entries of a pool. (In a shape, B is the batch. Everywhere else
 it is the second matrix of the experts.)
 
-With the option fixed_A, all tasks, and all layers of the same shape, share a random A that never
-changes. Then only B has a mask, (3) is about B alone, and N = E * R * O.
+With the option fixed_A, all tasks, and all layers with the same D, share a random A that never
+changes. Then only B has a mask, (3) to (5) are about B alone, and N = E * R * O.
 
 CHOICE marks what we chose because we did not have the paper's method section. How a task finds a
 source, and a prompt its task, is wholly ours.
@@ -100,14 +111,14 @@ class MoSEConfig:
     num_experts: int = 4  # E >= 1, on every target
     rank: int = 16  # R >= 1, of each expert
     top_k: int = 2  # K, 1 <= K <= E
-    density: float = 0.01  # in (0, 1], the share of the free entries that a new task owns
+    density: float = 0.01  # in (0, 1], the share of the free entries of A and of B that a task owns
     fixed_A: bool = False  # True: A is random, the same for all tasks, never learned or stored
     scale: float = 8.0  # > 0, factor of the experts' sum, as alpha / rank is that of a LoRA
     router_dim: int = 16  # P >= 1
     # > 0, standard deviation of a new router. If the numbers of a token have a mean square of 1,
     # its logits vary by router_std * sqrt(router_dim), here 4: its gates are clearly unequal.
     router_std: float = 1.0
-    key_dim: int = 256  # >= 1, numbers of a task's key, cut to the width of the embeddings
+    key_dim: int = 256  # >= 1, length of the mean in a key, at most the width of the embeddings
     round_to_bf16: bool = False  # True: what a task has learned is rounded, so its file is smaller
 
     def __post_init__(self):
@@ -136,23 +147,20 @@ class MoSEConfig:
 
 
 def top_k_mask(scores, k):
-    """The bool mask (N,) of exactly the k largest scores (N,)."""
+    """A bool mask of the shape of `scores`, a vector, that marks exactly the k largest."""
     # A threshold would also keep all scores that tie with it, and the mask would outgrow k.
     best = scores.topk(k, sorted=False).indices  # (k,)
-    mask = torch.zeros_like(scores, dtype=torch.bool)  # (N,)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[best] = True
     return mask
 
 
 class StraightThrough(torch.autograd.Function):
-    """Equation (3) on a pool: the values of the entries that are read, 0 elsewhere. All arguments
-    are (N,).
+    """Equations (3) and (5) on a pool. All arguments are (N,).
 
-    In effect, the forward pass multiplies the values by the mask `reads`. The choice of a mask has
-    no useful gradient. So the backward pass acts as if the score of a free entry were a factor in
-    the place of `reads`, whether the entry is read or not: it gets the gradient grad * value. This
-    is the straight-through estimator, as in Winning SubNetworks. `score` is an argument only to get
-    this gradient.
+    Forward gives the values of the entries that are read, and 0 elsewhere. Backward is the
+    straight-through estimator, as in Winning SubNetworks: free entries get their gradients whether
+    they are read or not, and used ones get 0. `score` is an argument only to get its gradient.
     """
 
     @staticmethod
@@ -191,9 +199,10 @@ CPU_FP32 = {"dtype": torch.float32, "device": "cpu"}  # the caller may have chan
 
 
 class SubExperts(nn.Module):
-    """All that one linear layer holds: the experts of all tasks, in one pool, and their routers.
+    """All that one linear layer holds: the experts in one pool, and the routers of all tasks.
 
-    (What a task reads of these experts are its SubExperts.)
+    (It is named after the method. What one task reads of an expert is called a SubExpert. Where the
+    code says `layer`, it means an object of this class, and the adapted layer is `linear`.)
 
     The pool is one vector of N entries: A (D, E*R), then B (E*R, O). Expert e has the columns
     e*R .. (e+1)*R of A and the same rows of B. `projection` (D, P) is a buffer. If the config says
@@ -217,11 +226,12 @@ class SubExperts(nn.Module):
                     is forgotten, entries that others read keep the number.
     routers         {number: router (E, P)}, on the CPU, since only a task in force needs its router
 
-    The task in force is what the forward pass applies. Each row of a batch may have its own:
-    in_force        [(rows, matrices)], a pair for each task in force. `rows` are its rows of the
-                    batch, or None for all rows. `matrices` are the two by which a token is
-                    multiplied (see the method of this name). For the open task it is None: its
-                    matrices change at each step, so they are made anew in each pass.
+    One task is in force for the whole batch, or each row has a task of its own:
+    in_force        [(rows, matrices)], a pair for each of these tasks. `rows` are its rows of the
+                    batch, or None for all rows. (Rows that are in no pair get the bare base.)
+                    `matrices` are the two by which a token is multiplied (see the method of this
+                    name), or None for the open task: they change at each step, so they are made
+                    anew in each pass.
     num_rows        how many rows a batch must have, if each row has a task of its own; or None
 
     handle          of the forward hook, by which it is found again
@@ -251,8 +261,8 @@ class SubExperts(nn.Module):
         # since they are made anew.
         self.register_buffer("projection", projection.to(zeros), persistent=False)
         if config.fixed_A:
-            # Its variance is 1 / (3 D), that of an A that is learned, which is uniform in
-            # +-1/sqrt(D) at first (`begin`).
+            # Its variance is 1 / (3 D), that of the numbers that `draw` draws for an A that is
+            # learned. (But a task reads the whole of a fixed A, and only a part of a learned one.)
             fixed_A = fixed_signs(D, width) / math.sqrt(3 * D)
             self.register_buffer("fixed_A", fixed_A.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
@@ -270,59 +280,7 @@ class SubExperts(nn.Module):
         A, B = pool[:self.size_A], pool[self.size_A:]
         return A.view(self.shape_A), B.view(self.shape_B)
 
-    # ---- the life of a task
-
-    @torch.no_grad()
-    def begin(self, lineage, need, generator):
-        """Prepare a task, which `MoSE.begin_task` opens once all layers are prepared.
-
-        lineage: that of the task. If it has one number, the task starts as the bare base.
-        need: 0 .. 1. The task will own need * density of the free entries.
-        generator: draws its scores, its A and its router.
-        """
-        # The caller may have frozen these, or left gradients of a task that was dropped.
-        self.requires_grad_(True)
-        self.zero_grad()
-        has_source = len(lineage) > 1
-        # CHOICE: density is a share of the entries that are still free, in A and in B each. So
-        # later tasks own fewer entries, and with a density below 1 some entries always stay free.
-        for part, owner in enumerate(self.split(self.owner)):
-            free = int((owner == 0).sum())
-            self.num_new[part] = int(need * self.config.density * free)
-        self.inherited.copy_(self.read_by(lineage))
-        inherited_A, inherited_B = self.split(torch.where(self.inherited, self.frozen, 0.0))
-        num_A, num_B = self.num_new
-        has_A = self.config.fixed_A or num_A > 0 or inherited_A.any()
-        has_B = num_B > 0 or inherited_B.any()
-        if not has_A or not has_B:
-            self.num_new = [0, 0]  # one of them without the other would have no effect
-        # CHOICE: the scores start so close together that a few steps of Adam change their order.
-        # After that, gradients decide which entries a task takes, and not the random start. A step
-        # of Adam moves a score by about the learning rate. With the rate at the top of this file,
-        # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (In
-        # the first step no score has a gradient: B is 0, so its values and the gradients of A are
-        # 0. With a source, new values are 0. So the first step learns on a random selection.)
-        drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
-        self.score.copy_(SCORE_SPREAD * drawn)
-        # The last task also moved free entries that it did not select (see StraightThrough). They
-        # start anew here: otherwise this task, which selects some of them, would not start exactly
-        # as the base or as its source.
-        self.weight.zero_()
-        # With a source, new entries start at 0, so the task starts exactly as its source. They can
-        # learn, since the A and B of the source are not 0. But a layer may be so small that the
-        # source has no A there. This layer, and all layers of a task without a source, start with
-        # a random A, uniform in +-1/sqrt(D). Since B is 0, they start as the bare base.
-        if not has_source or not inherited_A.any():
-            D = len(self.projection)  # projection is (D, P); A has no rows if it is fixed
-            A, _ = self.split(self.weight)
-            drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
-            A.copy_((2 * drawn - 1) / math.sqrt(D))
-        if has_source:
-            source = lineage[1]
-            self.router.copy_(self.routers[source])
-        else:
-            drawn = torch.randn(self.router.shape, generator=generator, **CPU_FP32)
-            self.router.copy_(self.config.router_std * drawn)
+    # ---- what a task reads
 
     def read_by(self, lineage):
         """The used entries that a task with this lineage reads, a bool mask (N,).
@@ -333,7 +291,7 @@ class SubExperts(nn.Module):
         task has such a number, so this set never grows.
 
         For a finished task, this is `reads` of equation (3). For a task that begins and owns
-        nothing yet, it is what the task inherits.
+        nothing yet, it is `inherited` of equation (4).
         """
         # CHOICE: a task without a source reads all used entries of A. Nothing has to be stored for
         # that, and its B gets more input. It does not read the used entries of B, which would add
@@ -347,42 +305,17 @@ class SubExperts(nn.Module):
         return mask
 
     def select(self):
-        """The new entries of the open task (N,), a bool mask: the best of the free entries."""
+        """The mask of the open task (N,): in A and in B, the free entries with the best scores."""
         # DIFFERS: only free entries compete. In Winning SubNetworks a mask may also select used
         # ones. Here the lineage alone decides which used entries a task reads (`read_by`).
-        # (An interrupted `end_task` may have given it some of its entries already.)
+        # (It owns nothing until it ends. But if `end_task` was interrupted, it may own some of its
+        # entries, and a second call has to select the same ones.)
         of_others = (self.owner > 0) & (self.owner != self.number)
         free_score = self.score.masked_fill(of_others, -math.inf)
         score_A, score_B = self.split(free_score)
         num_A, num_B = self.num_new
         mask_A, mask_B = top_k_mask(score_A.flatten(), num_A), top_k_mask(score_B.flatten(), num_B)
         return torch.cat([mask_A, mask_B])
-
-    def can_learn(self):
-        """Whether the task that `begin` has prepared last gets entries of B. (Where it would have
-        no A, `begin` gives it none.)"""
-        num_A, num_B = self.num_new
-        return num_B > 0
-
-    @torch.no_grad()
-    def round_to_bf16(self):
-        """Round what the open task has learned, so that its file is smaller."""
-        # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing. This
-        # is done here and not in `save`, so that later tasks learn on the rounded values.
-        self.weight.copy_(self.weight.bfloat16())
-        self.router.copy_(self.router.bfloat16())
-
-    @torch.no_grad()
-    def finish(self, selected, router):
-        """Freeze what the open task has learned.
-
-        selected: its new entries, a bool mask (N,). router: (E, P), on the CPU. Both are made
-        before, in all layers. Nothing here takes memory, so a lack of it can't leave some layers
-        done and others not.
-        """
-        torch.where(selected, self.weight, self.frozen, out=self.frozen)
-        self.owner.masked_fill_(selected, self.number)
-        self.routers[self.number] = router
 
     # ---- the life of a token
 
@@ -403,8 +336,7 @@ class SubExperts(nn.Module):
     def open_matrices(self):
         """The matrices of the open task. They change with each step of its optimizer."""
         with torch.no_grad():
-            # It owns nothing before `end_task`: its own entries are those that it would select now.
-            reads = self.inherited | self.select()
+            reads = self.inherited | self.select()  # equation (4)
             used = self.owner > 0
         pool = StraightThrough.apply(self.weight, self.score, self.frozen, used, reads)
         return self.matrices(pool, self.router)
@@ -412,7 +344,7 @@ class SubExperts(nn.Module):
     def finished_matrices(self, lineage):
         """The matrices of a finished task. They never change."""
         number = lineage[0]
-        # Equation (3) without `weight`, since a finished task reads used entries alone.
+        # Equation (3). A finished task reads used entries alone, so `weight` plays no part.
         pool = torch.where(self.read_by(lineage), self.frozen, 0.0)
         return self.matrices(pool, self.routers[number].to(pool.device))
 
@@ -449,6 +381,103 @@ class SubExperts(nn.Module):
             else:
                 out = out.index_add(0, rows, self.delta(x[rows], matrices).to(out.dtype))
         return out
+
+    # ---- the life of a task
+
+    @torch.no_grad()
+    def begin(self, lineage, need, generator):
+        """Prepare a task, which `MoSE.begin_task` opens once all layers are prepared.
+
+        lineage: that of the task. If it has one number, the task starts as the bare base.
+        need: 0 .. 1, a share of the usual number of new entries (see `MoSE.best_source`).
+        generator: draws the scores and, without a source, A and the router.
+        """
+        # The caller may have frozen these, or left gradients of a task that was dropped.
+        self.requires_grad_(True)
+        self.zero_grad()
+        self.inherited.copy_(self.read_by(lineage))
+        inherited_A, inherited_B = self.split(torch.where(self.inherited, self.frozen, 0.0))
+        reads_A = self.config.fixed_A or bool(inherited_A.any())
+        reads_B = bool(inherited_B.any())
+        self.num_new = self.count_new(need, reads_A, reads_B)
+        source = lineage[1] if len(lineage) > 1 else None
+        self.draw(source, reads_A, generator)
+
+    def count_new(self, need, reads_A, reads_B):
+        """[in A, in B], how many entries a new task will own.
+
+        reads_A, reads_B: whether it reads an A, or a B, that finished tasks have left or that is
+        fixed.
+        """
+        # CHOICE: density is a share of the entries that are still free, in A and in B each. So with
+        # the same need, each task gets fewer entries than the one before, unless one was forgotten.
+        # And with a density below 1, some entries always stay free.
+        counts = []
+        for owner in self.split(self.owner):
+            free = int((owner == 0).sum())
+            counts.append(int(need * self.config.density * free))
+        num_A, num_B = counts
+        has_A, has_B = reads_A or num_A > 0, reads_B or num_B > 0
+        if has_A and has_B:
+            return counts
+        return [0, 0]  # one of them without the other would have no effect
+
+    def draw(self, source, reads_A, generator):
+        """Set the scores, weights and router with which a task starts."""
+        # CHOICE: the scores start so close together that a few steps of Adam change their order.
+        # After that, gradients decide which entries a task takes, and not the random start. A step
+        # of Adam moves a score by about the learning rate. With the rate at the top of this file,
+        # this is 5 * SCORE_SPREAD if hidden_size is 128, and 1 * SCORE_SPREAD if it is 3000. (In
+        # the first step no score has a gradient. Without a source, B is 0, so its values and the
+        # gradients of A are 0. With a source, new values are 0. So scores move from the second step
+        # on.)
+        drawn = torch.rand(self.score.shape, generator=generator, **CPU_FP32)
+        self.score.copy_(SCORE_SPREAD * drawn)
+        # The last task also moved free entries that it did not select (see StraightThrough). They
+        # start anew here: otherwise this task, which selects some of them, would not start exactly
+        # as the base or as its source.
+        self.weight.zero_()
+        # With a source, new entries start at 0, so the task starts exactly as its source. They can
+        # learn, since the A and B of the source are not 0. But where a layer is small, or the need
+        # of the source was, it may read no A. Such a layer, and all layers of a task without a
+        # source, start with a random A, uniform in +-1/sqrt(D). Since B is 0, they start as the
+        # bare base.
+        if source is None or not reads_A:
+            D = len(self.projection)  # projection is (D, P); A has no rows if it is fixed
+            A, _ = self.split(self.weight)
+            drawn = torch.rand(A.shape, generator=generator, **CPU_FP32)
+            A.copy_((2 * drawn - 1) / math.sqrt(D))
+        if source is None:
+            drawn = torch.randn(self.router.shape, generator=generator, **CPU_FP32)
+            self.router.copy_(self.config.router_std * drawn)
+        else:
+            self.router.copy_(self.routers[source])
+
+    def gets_new_B(self):
+        """Whether the task that `begin` has prepared last gets entries of B. A task without a
+        source can learn only where it gets some."""
+        num_A, num_B = self.num_new
+        return num_B > 0
+
+    @torch.no_grad()
+    def round_to_bf16(self):
+        """Round what the open task has learned, so that its file is smaller."""
+        # These stay fp32 numbers, but half of their bytes are 0 now, and compress to nothing. This
+        # is done here and not in `save`, so that later tasks learn on the rounded values.
+        self.weight.copy_(self.weight.bfloat16())
+        self.router.copy_(self.router.bfloat16())
+
+    @torch.no_grad()
+    def finish(self, selected, router):
+        """Freeze what the open task has learned.
+
+        selected: its new entries, a bool mask (N,). router: (E, P), on the CPU. Both are made
+        before, in all layers. Nothing here takes memory, so a lack of it can't leave some layers
+        done and others not.
+        """
+        torch.where(selected, self.weight, self.frozen, out=self.frozen)
+        self.owner.masked_fill_(selected, self.number)
+        self.routers[self.number] = router
 
     # ---- not the method, which goes on in the class MoSE: forgetting, casts and state_dict()
 
@@ -501,15 +530,10 @@ class SubExperts(nn.Module):
 
 # ------------------------------------------------------------------------------ the whole
 
-# A task starts from a finished one only if the error under that one is below this share of the
-# error of the bare base, and of a constant answer (`best_source`).
-WELL_BELOW = 0.75
-
-
 class MoSE:
     """Attaches SubExperts to the target layers of a model, and manages the tasks.
 
-    layers  the SubExperts, in the order of the model's layers
+    layers  the SubExperts, one for each target, in the order of the model's layers
     tasks   {name: lineage} of the finished tasks, in the order of learning
     open    name of the task that is being learned, or None. `open_lineage` is its lineage, and
             `open_sums` has the sums for its key.
@@ -576,7 +600,7 @@ class MoSE:
         for layer in self.layers:
             layer.begin(lineage, need, generator)
         # A task with a source may get no new entry: then its routers learn alone.
-        expect(source is not None or any(layer.can_learn() for layer in self.layers),
+        expect(source is not None or any(layer.gets_new_B() for layer in self.layers),
                f"{name!r} gets no entry of A or none of B, in each layer: need x density x their "
                "free entries is under 1. forget() a task, or attach with more rank, or another "
                "density")
@@ -712,6 +736,10 @@ class MoSE:
 
     # ---- which task to start from
 
+    # `best_source` proposes a finished task only if its error is below this share of the error of
+    # the bare base, and of a constant answer. (`begin_task` itself takes any finished task.)
+    WELL_BELOW = 0.75
+
     def best_source(self, probe, guess=math.inf):
         """Which finished task a new one should start from: (source, need) for `begin_task`.
 
@@ -744,7 +772,7 @@ class MoSE:
         # below the error of the base and of a constant answer. The new task then gets this share,
         # errors[source] / to_beat, of the usual number of new entries: the less error the source
         # leaves, the fewer it needs. How the paper reuses experts is not known to us.
-        if errors[source] < WELL_BELOW * to_beat:
+        if errors[source] < self.WELL_BELOW * to_beat:
             return source, errors[source] / to_beat
         return None, 1.0
 
@@ -1071,14 +1099,19 @@ class MoSE:
 class TaskKeys:
     """How a prompt finds its task: each task is a distribution of mean token embeddings.
 
-    The shared text is what nearly all prompts of every task hold, such as a chat template. It would
-    hide what differs, so it is left out: the own text of a prompt is all the rest.
+    A prompt is treated as a bag: its distinct tokens, with weights that sum to 1. Their order plays
+    no part. A token is shared if nearly all prompts of every task hold it. The tokens of a chat
+    template are, and so may be a word like "the". They would hide what differs, so they are left
+    out, wherever they stand in a prompt.
 
-    x   a prompt: a weighted mean of the embeddings of its own text, which a fixed random projection
-        maps to dim numbers. dim is key_dim, or the width of the embeddings if that is less.
-    m   the mean of the x of a task, in which a prompt counts by the share of its own text.
-    s   about their standard deviation, one number for all dimensions. `own_text` computes m and s
-        from what `tasks` holds, which is about whole prompts.
+    w   a whole prompt: the weighted mean of the embeddings of its tokens, which a fixed random
+        projection maps to dim numbers. dim is key_dim, or the width of the embeddings if that is
+        less. Keys are made of it.
+    x   the own part of a prompt: the same mean without the shared tokens, with weights that again
+        sum to 1. A new prompt is compared by it.
+    m   the mean of the x of a task, in which a prompt counts by the share of its own part.
+    s   about their standard deviation, one number for all dimensions. `own_distribution` computes m
+        and s from what `tasks` holds, which is about whole prompts.
     S   the mean of s over all tasks.
     C   a covariance that all tasks share, scaled so that its mean variance is 1.
 
@@ -1088,32 +1121,32 @@ class TaskKeys:
 
     So `distance` is a mean of squares over the dimensions. It is about s^2 for the task's own
     prompts. A prompt belongs to the task of the largest likelihood (here without a constant that
-    all tasks share). This is a Student t distribution, a Gaussian with heavier tails. A few prompts
-    that lack the system prompt enlarge the variance of their task, and a Gaussian would then
-    send other prompts to the wrong task. v lies between the task's own variance, s^2, and the
-    typical one, S^2. With s^2, a prompt slightly off the mean of a narrow task would go to a
-    wide one. A prompt gets a task in any case, but the confidence falls towards 0 if the prompt is
-    far from this task: if its distance is large, compared with the s^2 of the task.
+    all tasks share). This is a Student t distribution, a Gaussian with heavier tails. With a
+    Gaussian, a few prompts that lack the system prompt would make the variance of their task so
+    large that it takes prompts of other tasks, where these lie a little far from their own mean.
+    v lies between the task's own variance, s^2, and the typical one, S^2. With s^2, a prompt
+    slightly off the mean of a narrow task would go to a wide one. A prompt gets a task in any case,
+    but the confidence falls towards 0 if the prompt is far from this task: if its distance is
+    large, compared with the s^2 of the task.
 
     Of the prompts, only running sums are kept, and the tokens that nearly all of them hold. (Of a
     task with a single prompt, these are all of its tokens.)
 
     tasks   {name: (count, mean, variance, common)} of the finished tasks that have a key:
             count     number of prompts
-            mean      (dim,), of whole prompts, with the shared text. So it is not m.
-            variance  of whole prompts, a number: the mean over all dimensions. It is not s^2.
+            mean      (dim,), of w. So it is not m.
+            variance  of w, a number: the mean over all dimensions. It is not s^2.
             common    {token: weight} of the tokens that nearly all prompts hold. A prompt is a
                       weighted mean of its tokens, and this is the token's weight in it, on average.
     pooled  (dim, dim), C is made of it: the sum of all scatter matrices, each divided as
-            `merge` says. A scatter matrix is the sum of (x - mean) (x - mean)^T over prompts, here
-            with the x of whole prompts. `pooled` stays when a task is forgotten, since it tells how
-            prompts differ in general.
+            `merge` says. A scatter matrix is the sum of (w - mean) (w - mean)^T over prompts.
+            `pooled` stays when a task is forgotten, since it tells how prompts differ in general.
     """
 
     # A token is common to a task if this share of its prompts holds it. Not all of them have to:
     # one prompt in twenty without the chat template must not hide it.
     COMMON = 0.95
-    # `merge` adds this share of the mean |x|^2 to the scatter of a new task, spread evenly over all
+    # `merge` adds this share of the mean |w|^2 to the scatter of a new task, spread evenly over all
     # dimensions, as if one more prompt had this squared distance from the mean. So a task of equal
     # prompts has a variance too.
     IMAGINARY = 0.01
@@ -1124,7 +1157,7 @@ class TaskKeys:
     # Degrees of freedom of the t distribution: the fewer, the heavier its tails.
     FREEDOM = 8
     # In the prompts of each task, the tokens that are not shared must have at least this part of
-    # the weights. With less, the own text of a task is too little to compare, and no token counts
+    # the weights. With less, the own part of a prompt is too little to compare, and no token counts
     # as shared.
     LEAST_OWN = 0.02
     # A prompt that fits none of the tasks is modelled as a Gaussian with the mean of the most
@@ -1163,33 +1196,33 @@ class TaskKeys:
                             "expected ids of the model's own tokenizer")
         vectors = table[tokens.to(table.device)].float().cpu()
         with autocast_off(vectors.device):
-            x = weights @ vectors @ self.projection
-        return x.double()  # `merge` takes small differences of large sums
+            mean = weights @ vectors @ self.projection
+        return mean.double()  # `merge` takes small differences of large sums
 
     # ---- the life of a task
 
     @torch.inference_mode(False)  # tensors that are made in it can't be changed outside of it
     def new_sums(self):
-        """The empty sums of a task: how many prompts, the sums of x and of x x^T of whole prompts,
-        and of the tokens {token: (how many prompts hold it, the sum of its weights)}."""
+        """The empty sums of a task: how many prompts, the sums of w and of w w^T, and of the tokens
+        {token: (how many prompts hold it, the sum of its weights)}."""
         dim = len(self.pooled)
-        return {"count": 0, "x": self.pooled.new_zeros(dim),
+        return {"count": 0, "w": self.pooled.new_zeros(dim),
                 "square": self.pooled.new_zeros(dim, dim), "tokens": {}}
 
     def add(self, sums, prompts):
         """Add prompts to the sums of a task. They have no effect until `merge`."""
         table = self.table()
         bags = [self.tokens_and_weights(ids) for ids in prompts]
-        vectors = [self.embed(table, tokens, weights) for tokens, weights in bags]
-        # If x were 0 for all prompts of a task, or not finite for one, its variance would be 0 or
+        whole = [self.embed(table, tokens, weights) for tokens, weights in bags]
+        # If w were 0 for all prompts of a task, or not finite for one, its variance would be 0 or
         # nan. Through `pooled`, this would spoil the keys of all tasks.
-        expect(all(x.isfinite().all() and x.any() for x in vectors),
+        expect(all(w.isfinite().all() and w.any() for w in whole),
                "the mean embedding of a prompt is 0 or not finite. If it is nothing but padding, "
                "pass its attention_mask, or drop the prompt")
-        for (tokens, weights), x in zip(bags, vectors):
+        for (tokens, weights), w in zip(bags, whole):
             sums["count"] += 1
-            sums["x"] += x
-            sums["square"] += torch.outer(x, x)
+            sums["w"] += w
+            sums["square"] += torch.outer(w, w)
             for token, weight in zip(tokens.tolist(), weights.tolist()):
                 held, total = sums["tokens"].get(token, (0, 0.0))
                 sums["tokens"][token] = held + 1, total + weight
@@ -1197,8 +1230,8 @@ class TaskKeys:
     def merge(self, name, sums):
         """Make the key of a task from the sums, or add them to its key."""
         more = sums["count"]
-        mean = sums["x"] / more
-        scatter = sums["square"] - torch.outer(sums["x"], mean)  # about the mean of these prompts
+        mean = sums["w"] / more
+        scatter = sums["square"] - torch.outer(sums["w"], mean)  # about the mean of these prompts
         if name in self.tasks:
             had, old, variance, common = self.tasks[name]
             count, gap = had + more, mean - old.double()
@@ -1235,18 +1268,18 @@ class TaskKeys:
         """([name], [confidence]) of prompts [(T,), ..]."""
         table = self.table()
         shared = self.shared_tokens()
-        own = []  # for each prompt: the weighted mean of its tokens that are not shared
+        x = []  # the own part of each prompt
         is_empty = []  # for each prompt: whether all of its tokens are shared
         for ids in prompts:
             tokens, weights = self.tokens_and_weights(ids)
             keep = ~torch.isin(tokens, shared)
             # (If no token is left, the sum of nothing is 0, and so is the mean.)
-            own.append(self.embed(table, tokens[keep], weights[keep] / weights[keep].sum()))
+            x.append(self.embed(table, tokens[keep], weights[keep] / weights[keep].sum()))
             is_empty.append(not keep.any())
-        own = torch.stack(own)  # (B, dim)
-        expect(own.isfinite().all(), "the mean embedding of a prompt is not finite")
+        x = torch.stack(x)  # (B, dim)
+        expect(x.isfinite().all(), "the mean embedding of a prompt is not finite")
 
-        distributions = [self.own_text(name, table, shared) for name in self.tasks]
+        distributions = [self.own_distribution(name, table, shared) for name in self.tasks]
         deviations = [deviation for _, deviation in distributions]
         typical_deviation = sum(deviations) / len(deviations)
 
@@ -1263,7 +1296,7 @@ class TaskKeys:
         factor = torch.linalg.cholesky(covariance)
         logits, ratios = [], []
         for mean, deviation in distributions:
-            z = torch.linalg.solve_triangular(factor, (own - mean).T, upper=False)
+            z = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False)
             distance = z.square().mean(0)  # (B,)
             v = deviation * typical_deviation
             # The log of the likelihood, up to a constant that all tasks share.
@@ -1280,23 +1313,23 @@ class TaskKeys:
         # 2.5.)
         log_odds = dim / 2 * (ratio * (1 - 1 / self.WIDER**2) - 2 * math.log(self.WIDER))
         confidence = logits.softmax(1).amax(1) * torch.sigmoid(-log_odds)
-        # A prompt of nothing but shared text says nothing about its task.
+        # A prompt of nothing but shared tokens says nothing about its task.
         confidence = confidence.masked_fill(torch.tensor(is_empty, device="cpu"), 0.0)
         names = [*self.tasks]
         return [names[i] for i in best[:, 0].tolist()], confidence.tolist()
 
-    def own_text(self, name, table, shared):
-        """(mean, standard deviation) of a task's prompts without the tokens that all tasks share.
+    def own_distribution(self, name, table, shared):
+        """(m, s) of a task: about its prompts without the tokens that all tasks share.
 
-        The mean of whole prompts is the weighted sum of the shared tokens, plus the own mean times
-        what is left of the weights, on average. So the own mean follows from the other two. The
-        deviation is divided by what is left too: the shared part counts as the same in all prompts.
+        The mean of whole prompts is the weighted sum of the shared tokens, plus m times what is
+        left of the weights, on average. So m follows from the other two. The deviation is divided
+        by what is left too: the shared part counts as the same in all prompts.
         """
         _, mean, variance, common = self.tasks[name]
         weights = torch.tensor([common[token] for token in shared.tolist()], **CPU_FP32)
         left = 1 - weights.sum().item()
-        own = (mean.double() - self.embed(table, shared, weights)) / left
-        return own, math.sqrt(variance) / left
+        m = (mean.double() - self.embed(table, shared, weights)) / left
+        return m, math.sqrt(variance) / left
 
     def shared_tokens(self):
         """The tokens that nearly all prompts of every task hold, such as a chat template's. With
@@ -1304,8 +1337,8 @@ class TaskKeys:
         commons = [common for _, _, _, common in self.tasks.values()]
         shared = set.intersection(*map(set, commons)) if len(commons) > 1 else set()
         for common in commons:
-            own = 1 - sum(common[token] for token in shared)
-            if own < self.LEAST_OWN:
+            left = 1 - sum(common[token] for token in shared)
+            if left < self.LEAST_OWN:
                 shared = set()
         return torch.tensor(sorted(shared), dtype=torch.long, device="cpu")
 
@@ -1486,7 +1519,7 @@ def warn_of_unused(model, layers, name):
     experts. If that is so in some layers only, the model may read `weight` without calling the
     layer, as the fast path of Mamba does.
     """
-    able = [layer for layer in layers if layer.can_learn()]
+    able = [layer for layer in layers if layer.gets_new_B()]
     unused = [layer for layer in able if not layer.split(layer.weight)[1].any()]
     paths = [path for path, module in model.named_modules()
              if getattr(module, "sub_experts", None) in unused]

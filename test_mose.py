@@ -1019,14 +1019,14 @@ def test_a_task_of_short_prompts_is_found_beside_long_ones(guard):
 
 
 def test_a_task_whose_prompts_are_mostly_shared_text_is_found(guard, monkeypatch):
-    def undivided(keys, name, table, shared, own_text=TaskKeys.own_text):
-        mean, deviation = own_text(keys, name, table, shared)
+    def undivided(keys, name, table, shared, own_distribution=TaskKeys.own_distribution):
+        mean, deviation = own_distribution(keys, name, table, shared)
         common = keys.tasks[name][-1]
         left = 1 - sum(common[token] for token in shared.tolist())
         return left * mean, left * deviation
 
     # Off: nothing is divided by the share of own text, which is small where most is shared.
-    guard or monkeypatch.setattr(TaskKeys, "own_text", undivided)
+    guard or monkeypatch.setattr(TaskKeys, "own_distribution", undivided)
     mose = attach()
     shape_of = {"a": (8, 1), "b": (16, 16)}  # first of 8 tokens, how many own ones a prompt has
 

@@ -146,7 +146,7 @@ def best_lora(base, task, args, folder):
         adapter.detach()
     without = min(float(loop.probe(*base, task, args)), task.error_of_a_constant())
     best = min(errors, key=errors.get)
-    if errors[best] < mose.WELL_BELOW * without:
+    if errors[best] < mose.MoSE.WELL_BELOW * without:
         return LoRA.load(base[0], f"{folder}/{best}.pt")
     return loop.attach("lora", args, base[0])
 

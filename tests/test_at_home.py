@@ -183,7 +183,7 @@ def test_a_target_that_is_never_called_is_warned_of(calls):
 
 @pytest.mark.filterwarnings("error")
 def test_a_layer_that_gets_no_entry_of_a_is_not_warned_of(guard, monkeypatch):
-    guard or monkeypatch.setattr(SubExperts, "can_learn", lambda layer: True)
+    guard or monkeypatch.setattr(SubExperts, "gets_new_B", lambda layer: True)
     mose = attach()
     mose.begin_task("a"), mose.observe(data("a"))
     mose.layers[0].num_new = [0, 0]  # as in a narrow layer at a low density
@@ -235,14 +235,14 @@ def test_the_base_has_to_stay_frozen(guard, monkeypatch):
     assert torch.equal(snapshot(mose, "a"), before) == guard
 
 
-@pytest.mark.parametrize("broken", ["begin", "can_learn"])
+@pytest.mark.parametrize("broken", ["begin", "gets_new_B"])
 def test_a_task_that_could_not_begin_leaves_no_trace(broken, monkeypatch):
     mose = learn(attach(), "a")
     names, before = [*mose.model.state_dict()], snapshot(mose, "a")
     real = getattr(SubExperts, broken)
 
     def fails_at_the_third(layer, *given):
-        if layer is mose.layers[2] or broken == "can_learn":
+        if layer is mose.layers[2] or broken == "gets_new_B":
             raise MemoryError
         return real(layer, *given)
 

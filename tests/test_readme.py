@@ -257,7 +257,8 @@ def test_the_example_in_the_docstring_runs():
     model, _ = train_trace.load_model(Args(device="cpu"))
     ids = torch.arange(24).view(3, 8)
     scope = {"model": model, "MoSE": mose.MoSE, "torch": torch,
-             "train_prompt_ids": ids, "test_prompt_ids": ids}
+             "train_prompt_ids": ids, "test_prompt_ids": ids,
+             "train_mask": torch.ones_like(ids), "test_mask": torch.ones_like(ids)}
     exec(textwrap.dedent(block), scope | {"batches": [(ids, ids)]})
 
 
