@@ -62,6 +62,13 @@ def cost(base, targets, rank=CONFIG.rank):
             "gradients": (GRADIENTS + KEPT) * entries, "new": new, "task": task, "lora": task / (LORA * width)}
 
 
+def learning_with_fixed_A(base, targets):
+    """Bytes of learning if A is fixed: the pool is B alone, and A is one fp32 buffer."""
+    width = CONFIG.num_experts * CONFIG.rank * base[2]
+    inputs, outputs = (sum(sizes) for sizes in zip(*(linear_layers(base)[name] for name in targets)))
+    return 4 * width * inputs + (POOL + ADAM + GRADIENTS + KEPT) * width * outputs
+
+
 def check():
     """(kind, computed, measured) bytes on one random base, with every linear layer as a target."""
     hidden, mlp, layers, kv, vocabulary, _ = CHECKED
@@ -136,7 +143,7 @@ def main():
         "caller makes the optimizer. This is what learning takes (pool, Adam's", "states, gradients) "
         "with each choice:", "",
         "| base | experts on | as it is | states in bf16 (8 bytes) | 8-bit Adam (4 bytes) | rank 8 | "
-        "rank 4 |", "|---|---|---|---|---|---|---|"]
+        "rank 4 | fixed A |", "|---|---|---|---|---|---|---|---|"]
     for name, base in BASES.items():
         for layers, targets in SETS.items():
             c = cost(base, targets)
@@ -145,6 +152,7 @@ def main():
             for rank in (8, 4):
                 smaller = cost(base, targets, rank)
                 sizes.append(smaller["pool"] + smaller["gradients"] + smaller["adam"])
+            sizes.append(learning_with_fixed_A(base, targets))
             text.append(f"| {name} | {layers} | " + " | ".join(map(gb, sizes)) + " |")
     text += [
         "", f"At half the rank and density {2 * CONFIG.density} a task has as many entries as above. What these "
