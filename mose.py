@@ -158,9 +158,10 @@ def top_k_mask(scores, k):
 class StraightThrough(torch.autograd.Function):
     """Equations (3) and (5) on a pool. All arguments are (N,).
 
-    Forward gives the values of the entries that are read, and 0 elsewhere. Backward is the
-    straight-through estimator, as in Winning SubNetworks: free entries get their gradients whether
-    they are read or not, and used ones get 0. `score` is an argument only to get its gradient.
+    Forward gives the values of the entries that are read, and 0 elsewhere. Backward is a
+    straight-through estimator, as in Winning SubNetworks: the choice of the mask counts as a
+    factor. Here the weights and scores of all free entries get gradients, whether they are read or
+    not, and those of used entries get 0. `score` is an argument only to get its gradient.
     """
 
     @staticmethod
@@ -174,8 +175,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         value, used = ctx.saved_tensors
         # DIFFERS: the weights outside the mask learn too. In Winning SubNetworks only their scores
-        # do. But B starts at 0 (as A does if the task has a source). A weight that stayed at 0
-        # would make the gradient of its score 0, so the score could never learn.
+        # do. But B starts at 0 (as A does where the task reads that of a source). A weight that
+        # stayed at 0 would make the gradient of its score 0, so the score could never learn.
         grad_weight = torch.where(used, 0.0, grad)
         # Used entries can't be selected. Gradients of their scores would only enter the norm by
         # which a trainer clips all gradients.
@@ -390,7 +391,8 @@ class SubExperts(nn.Module):
 
         lineage: that of the task. If it has one number, the task starts as the bare base.
         need: 0 .. 1, a share of the usual number of new entries (see `MoSE.best_source`).
-        generator: draws the scores and, without a source, A and the router.
+        generator: draws the scores; the router, if the task has no source; and A, if it has no
+        source or reads no A in this layer.
         """
         # The caller may have frozen these, or left gradients of a task that was dropped.
         self.requires_grad_(True)
@@ -409,9 +411,9 @@ class SubExperts(nn.Module):
         reads_A, reads_B: whether it reads an A, or a B, that finished tasks have left or that is
         fixed.
         """
-        # CHOICE: density is a share of the entries that are still free, in A and in B each. So with
-        # the same need, each task gets fewer entries than the one before, unless one was forgotten.
-        # And with a density below 1, some entries always stay free.
+        # CHOICE: density is a share of the entries that are still free, in A and in B each. So the
+        # usual number of new entries falls from task to task, or stays the same where it is small,
+        # unless a task is forgotten. And with a density below 1, some entries always stay free.
         counts = []
         for owner in self.split(self.owner):
             free = int((owner == 0).sum())
