@@ -80,7 +80,9 @@ def measure(folder, models):
     here = {"data": str(ROOT / "assets/trace-mini")}
     if options["model"].endswith("tiny-llm"):
         here["model"] = str(ROOT / "assets/tiny-llm")
-    args = dataclasses.replace(Args(**options), **here)
+    # Options that an earlier version had are about training, which is over.
+    known = {field.name for field in dataclasses.fields(Args)}
+    args = Args(**{name: value for name, value in options.items() if name in known} | here)
     if args.model not in models:
         model, tokenizer = load_model(args)
         models[args.model] = model, tokenizer, load_tasks(args, tokenizer, model)

@@ -29,8 +29,8 @@ It was made in twelve steps, and the rule of each was written before it ran:
 6. MoSEs with a fixed A, at density 0.02: about as many numbers for a task as the default has. In
    `long` they had 33 on NumGLUE-cm with 1e-2 (density 0.01, seed 0), where the default has 98, so
    higher rates follow: 2e-2 and 4e-2 on the four tasks. `long` shows the better one. If it is 4e-2,
-   8e-2 is tried before. Both have 78.0 (70.0 and 86.0, 71.0 and 85.0), and `long` has 2e-2,
-   which was not run yet.
+   8e-2 is tried before. Both have 78.0 (70.0 and 86.0, 71.0 and 85.0), and `long` has 2e-2
+   (seed 0: 90.2).
 7. The density: MoSEs with 1e-2 and the densities 0.001, 0.003 and 0.03 beside the 0.01 of step 3.
    The rule, and what came of it, is that of the density in benchmarks/frontier.py.
 8. LoRAs of rank 2, the size between ranks 1 and 8, with the two rates of rank 8. `long` has them with
@@ -48,8 +48,8 @@ It was made in twelve steps, and the rule of each was written before it ran:
     data.
 12. The smallest size of all, density 0.0003 with 1e-2: some 1,100 numbers for a task. Nothing is
     chosen by it. And `lora`, `replay` and `joint` in `long` were of the earlier version too (step
-    10). They run again with today's code, and replace the old ones whatever comes out. (So far, density
-    0.0003 ran, and seed 0 of `joint`, which has 96.6.)
+    10). They run again with today's code, and replace the old ones whatever comes out. (They have 63.9,
+    17.4 and 63.5. Of `joint` seed 0 alone ran so far, which has 96.6.)
 
 Each is a list of runs of train_trace.py, two at a time with one thread each, into runs/; those of
 `gpu` share the GPU, all at the same time. (The runs of MoSEs and `tested once` in `whole` had both
@@ -329,8 +329,9 @@ def report(results):
         "Dequantised from Q4_1 ([`get_smollm2.py`](../assets/get_smollm2.py)), so not the original "
         "weights. `python -m benchmarks.smollm2 long`, `whole`, `gpu`, then `report`; except `gpu`, "
         "on two CPU cores: two runs at a time with one thread each, or one with two threads. Other "
-        "work ran beside some, so their seconds compare with nothing. `lora`, `replay` and `joint` "
-        "(but for its seed 0 on trace-mini) ran before train_trace.py was rewritten. They are the "
+        "work ran beside some, so their seconds compare with nothing. These runs are of before "
+        "train_trace.py was rewritten: `joint` with seeds 1 and 2 on trace-mini, `replay` and `joint` "
+        "on TRACE-0.5K, and those on a GPU. They are the "
         "same function as now, but other numbers were drawn, the first step of the warm-up had a "
         "rate of 0, and their files are larger. A LoRA of rank 8 in bf16 has "
         f"{2 * lora['new'][0]:,} bytes a task. The LoRAs of rank 1 of before 8daee77 were saved again "

@@ -87,6 +87,7 @@ BOTH = {
     "MoSEs, density 0.001": ("mose 0.001", "mose .001 1e-2"),
     "MoSEs, density 0.003": ("mose 0.003", "mose .003 1e-2"),
     "MoSEs, fixed A": ("fixed A 0.01", "fixed A 1e-2"),
+    "MoSEs, fixed A, density 0.02": ("fixed A 0.02", "fixed A .02 2e-2"),
     "MoSEs, one expert, fixed A, density 0.02": ("fixed A, one expert 0.02", None),
 }
 
