@@ -691,9 +691,10 @@ class MoSE:
             expected += f", or the open task alone, {self.open!r}"
         expect(is_open or not unknown, f"unknown tasks {unknown}: {expected}")
         expect(names, "got an empty list of tasks, expected one for each row of the batch")
-        check_copies(self.model, self.layers)
+        hooks = hooks_of(self.model)
+        check_copies(hooks, self.layers)
         if task is not None:  # the bare base needs no experts
-            check_layers(self.model, self.layers)
+            check_layers(hooks, self.layers)
         rows_of = {}  # {name of a task: its rows of the batch, or None for all rows}
         if is_list:
             for row, name in enumerate(names):
@@ -848,8 +849,9 @@ class MoSE:
 
     def _check_ready(self):
         """Raise ValueError unless the hooks are there, and the base is frozen and not offloaded."""
-        check_copies(self.model, self.layers)
-        check_layers(self.model, self.layers)
+        hooks = hooks_of(self.model)
+        check_copies(hooks, self.layers)
+        check_layers(hooks, self.layers)
         check_base_is_frozen(self.model, self.layers)
         if self.open is None:
             advice = "save() the finished tasks, detach(), remove the offload, load() them again"
@@ -1477,9 +1479,11 @@ def hooks_of(model):
             for key, hook in module._forward_hooks.items()]
 
 
-def check_layers(model, layers):
-    """Raise ValueError if somebody has removed a hook, or has sharded the experts."""
-    hooks = hooks_of(model)
+def check_layers(hooks, layers):
+    """Raise ValueError if somebody has removed a hook, or has sharded the experts.
+
+    hooks: what `hooks_of` returned for the model.
+    """
     owners = {id(owner) for _, owner in hooks}
     wrapped = {key for key, owner in hooks if not is_ours(owner)}
     for layer in layers:
@@ -1493,11 +1497,14 @@ def check_layers(model, layers):
                f"all parameters of mose.layers as ignored_params ({MORE})")
 
 
-def check_copies(model, layers):
+def check_copies(hooks, layers):
     """Raise ValueError if somebody has copied a layer with its experts into the model: a copy would
-    always apply the task that was in force then."""
+    always apply the task that was in force then.
+
+    hooks: what `hooks_of` returned for the model.
+    """
     ids = {id(layer) for layer in layers}
-    copies = [owner for _, owner in hooks_of(model) if is_ours(owner) and id(owner) not in ids]
+    copies = [owner for _, owner in hooks if is_ours(owner) and id(owner) not in ids]
     expect(not copies, f"{len(copies)} layers of the model are copies of targets, with experts "
                        "that no task reaches: detach() this MoSE, and load() it again")
 

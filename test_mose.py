@@ -126,7 +126,7 @@ def checkpoint(model, reentrant):
     model.enable_input_require_grads()
 
 
-# ------------------------------------------------------------------------------ learns, never forgets
+# ------------------------------------------------------------------------------ learns, keeps all
 
 
 def test_tasks_are_learned_found_by_their_prompts_and_leave_the_base_as_it_is():
@@ -188,7 +188,7 @@ def test_a_finished_task_never_changes(off, reentrant, tmp_path, monkeypatch):
         learn(mose, name, optimizer=optimizer)
         logits[name] = snapshot(mose, name)
         assert torch.equal(snapshot(mose, name), logits[name])  # a pass repeats exactly
-    if off != "buffers":  # (A file holds `frozen` and not `weight`: loading would change the tasks.)
+    if off != "buffers":  # (A file holds `frozen`, not `weight`: loading would change the tasks.)
         mose.forget("b")
         momentum = optimizer.state_dict()
         mose = reloaded(mose, tmp_path / "m", *base)

@@ -282,8 +282,8 @@ def to_go_on(todo, runs, more=""):
 
 
 def check_method(method, args, model, tasks):
-    """Attach a method and take it off again. Raises ValueError for a wrong option, such as a density
-    that leaves no entry for the first task or the last one."""
+    """Attach a method and take it off again. Raises ValueError for a wrong option, such as a
+    density that leaves no entry for the first task or the last one."""
     adapter = attach(method, args, model)
     check_targets(model, args)
     adapter.begin_task(tasks[0].name)
@@ -314,8 +314,8 @@ def session(todo, runs, args):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             if processes.RANK == 0:
-                print("What was learned and tested before is saved. If the error below can be mended, "
-                      f"go on:\n{to_go_on(todo, runs)}", file=sys.stderr)
+                print("What was learned and tested before is saved. If the error below can be "
+                      f"mended, go on:\n{to_go_on(todo, runs)}", file=sys.stderr)
             raise
         fewer = max(1, args.tokens // 2)
         raise ValueError(f"{error}\nGo on with fewer tokens in a pass, half as many say (and with "

@@ -735,6 +735,18 @@ def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monk
         assert ("Traceback" in capsys.readouterr().err) == has_traceback
 
 
+def a_run_that_fails(error, tmp_path, monkeypatch, where="train_trace.learn_in_a_row"):
+    """Start a short run, as from the command line, in which a function raises the error."""
+    def fails(*given, **options):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    args = Args(methods="lora", name="full", device="cpu", **SHORT)
+    monkeypatch.setattr(train_trace, "parse", lambda: args)
+    monkeypatch.setattr(where, fails)
+    train_trace.from_the_command_line()
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[..] can't allocate memory"),
     RuntimeError("MPS backend out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
@@ -743,28 +755,14 @@ def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monk
     ("train_trace.train", "\nGo on .*:\npython .*train_trace.py --resume runs/full --tokens 768"),
     ("train_trace.evaluate", "\nGo on .*\n.*--resume runs/full --tokens 768")])  # of the bare base
 def test_out_of_memory_says_how_to_go_on(where, message, error, tmp_path, monkeypatch):
-    def full(*given, **options):
-        raise error
-
-    monkeypatch.chdir(tmp_path)
-    args = Args(methods="lora", name="full", device="cpu", **SHORT)
-    monkeypatch.setattr(train_trace, "parse", lambda: args)
-    monkeypatch.setattr(where, full)
     with pytest.raises(SystemExit, match=message):
-        train_trace.from_the_command_line()
+        a_run_that_fails(error, tmp_path, monkeypatch, where)
 
 
 def test_another_error_says_too_that_the_run_can_go_on(tmp_path, monkeypatch, capsys):
-    def broken(*given):
-        raise RuntimeError("an illegal memory access")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_trace, "parse",
-                        lambda: Args(methods="lora", name="broken", device="cpu", **SHORT))
-    monkeypatch.setattr(train_trace, "learn_in_a_row", broken)
     with pytest.raises(RuntimeError, match="illegal"):
-        train_trace.from_the_command_line()
-    assert "--resume runs/broken" in capsys.readouterr().err
+        a_run_that_fails(RuntimeError("an illegal memory access"), tmp_path, monkeypatch)
+    assert "--resume runs/full" in capsys.readouterr().err
 
 
 def test_decoding_that_runs_out_of_memory_goes_on_in_smaller_passes(base, monkeypatch):
@@ -812,15 +810,8 @@ def test_damaged_progress_is_named(tmp_path):
 
 
 def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
-    def full(*given):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_trace, "parse",
-                        lambda: Args(methods="lora", name="full", device="cpu", **SHORT))
-    monkeypatch.setattr(train_trace, "learn_in_a_row", full)
     with pytest.raises(SystemExit, match="No space left(.|\n)*go on:\n.*--resume runs/full$"):
-        train_trace.from_the_command_line()
+        a_run_that_fails(OSError(28, "No space left on device"), tmp_path, monkeypatch)
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
