@@ -90,8 +90,8 @@ def measure(folder, models):
     file = folder / f"{args.methods}.pt"
     result = json.loads(file.with_suffix(".json").read_text())
     # The adapters of peft ran as if they were LoRAs (CHANGES of the frontier).
-    name = folder.name.split()[0]
-    kind = getattr(peft_tasks, name) if name in PEFT else KINDS[args.methods]
+    of_peft = [word for word in folder.name.split() if word in PEFT]
+    kind = getattr(peft_tasks, of_peft[0]) if of_peft else KINDS[args.methods]
     peft_tasks.SEED = int(args.seeds)
     adapter = kind.load(model, file)
     before = score(adapter, model, tokenizer, tasks, args)

@@ -389,8 +389,10 @@ ON_SMOLLM2 = {
     "mose 0.0003": "mose .0003 1e-2", "mose 0.001": "mose .001 1e-2", "mose 0.003": "mose .003 1e-2",
     "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2",
     "mose 0.03": "mose .03 1e-2",
+    "never trained 0.01": "mose_fixed 1e-2",
     "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2",
-    "fixed A 0.02": "fixed A .02 2e-2", "VeRA r256 1e-1": "VeRA r256 1e-1"}
+    "fixed A 0.02": "fixed A .02 2e-2", "fixed A, one expert 0.02": "fixed A, one expert .02 2e-2",
+    "VeRA r256 1e-1": "VeRA r256 1e-1"}
 
 
 def from_smollm2(runs):
@@ -443,6 +445,8 @@ def draw_points(axis, results):
             ("SHiRA r1", "a SHiRA for each task, as large as a LoRA of rank 1", "v", "#cc79a7",
              right),
             ("mose 0.", "MoSEs (density)", "o-", "black", right),
+            ("never trained 0.01", "MoSEs, routers never trained, density 0.01", "x", "#7a3e9d",
+             right),
             ("one expert 0.01", "MoSEs, one expert, density 0.01", "D", "#e69f00", right),
             ("fixed A 0.", "MoSEs with a fixed A (density)", "o:", "#999999", left),
             ("fixed A, one expert 0.", "MoSEs with a fixed A, one expert (density)", "D-",
