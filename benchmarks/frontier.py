@@ -4,6 +4,7 @@
     python -m benchmarks.frontier memory    # ways to learn with less memory (needs bitsandbytes)
     python -m benchmarks.frontier peft      # SHiRA, VeRA and LoRAs with a frozen A (needs peft)
     python -m benchmarks.frontier clash     # one task in two halves that contradict each other
+    python -m benchmarks.frontier masks     # masks that are not learned; a constant rate
     python -m benchmarks.frontier report    # results/frontier.json, .md and pictures of all that ran
 
 Each job is a run of train_trace.py, two at a time with one thread each. Called again, it goes on
@@ -42,6 +43,12 @@ it should help here. Rule, written before it ran: for each row of CLASH the best
 (5e-3, 1e-2 and 2e-2; `eval`, seeds 0 and 1), then ten seeds on `test`. If the lowest or the highest
 rate wins, half of it or twice it follows (so 2.5e-3 did). A first look had shown that the default
 rate is too high here: on `eval`, seed 0, it gave 49, with trained routers and without.
+
+Masks that are not learned: a mask that stays as it was drawn (`random mask`), and one of the entries
+whose values have moved most since the start (`moved most`). Rule, written before it ran: for each,
+the best of the three rates that MoSEs had (MASK_RATES; `eval`, seeds 0 and 1), then ten seeds on
+`test`, whatever comes out. If the lowest or the highest rate wins, half of it or twice it follows.
+`constant rate` is MoSEs without the schedule, as in the example of the README: ten seeds.
 """
 
 import argparse
@@ -95,6 +102,30 @@ SubExperts.read_by = lambda layer, lineage: torch.isin(layer.owner, layer.owner.
 SubExperts.read_by = lambda layer, lineage: torch.isin(layer.owner, layer.owner.new_tensor(lineage))
 """,
 }
+# Masks that are not learned, and a training without a schedule.
+CHANGES["random mask"] = """
+def begin(layer, lineage, need, generator, begin=SubExperts.begin):
+    begin(layer, lineage, need, generator)
+    layer.score.requires_grad_(False)  # it stays as it was drawn
+SubExperts.begin = begin
+"""
+CHANGES["moved most"] = CHANGES["random mask"] + """
+def begin_and_note(layer, lineage, need, generator, begin=SubExperts.begin):
+    begin(layer, lineage, need, generator)
+    layer.start = layer.weight.detach().clone()
+def select(layer, select=SubExperts.select):
+    drawn = layer.score.detach().clone()
+    # How far a value has moved outweighs the number that was drawn, which decides between equals.
+    layer.score.add_(1e6 * (layer.weight - layer.start).abs())
+    mask = select(layer)
+    layer.score.copy_(drawn)
+    return mask
+SubExperts.begin = begin_and_note
+SubExperts.select = torch.no_grad()(select)
+"""
+CHANGES["constant rate"] = "train_trace.share_of_rate = lambda step, steps: 1.0"
+MASKS = ("random mask", "moved most")
+MASK_RATES = ("1e-2", "1.95e-2", "4e-2")
 # States of Adam that take less memory: rounded to bf16 after each step, or 8-bit ones.
 CHANGES["bf16 states"] = """
 class Rounded(torch.optim.AdamW):
@@ -245,6 +276,29 @@ def clash_final(folder):
             for seed in SEEDS for row, rate in rates.items()}
 
 
+def mask_search():
+    """The runs that look for the rate with each mask that is not learned."""
+    return {f"search {mask} 0.01, rate {rate} {seed}": (mask, [
+        "--test", "ends", "--seeds", str(seed), "--methods", "mose", "--split", "eval",
+        "--lr", rate]) for mask in MASKS for rate in MASK_RATES for seed in (0, 1)}
+
+
+def mask_final(folder):
+    """The runs with these masks on `test`, each with its best rate, and those of a constant rate."""
+    def op(mask, rate):
+        files = [folder / f"search {mask} 0.01, rate {rate} {seed}/mose.json" for seed in (0, 1)]
+        return statistics.mean(json.loads(file.read_text())["op"] for file in files)
+
+    todo = {}
+    for seed in SEEDS:
+        own = ["--test", "ends", "--seeds", str(seed), "--methods", "mose"]
+        for mask in MASKS:
+            rate = max(MASK_RATES, key=lambda rate: op(mask, rate))
+            todo[f"{mask} 0.01, rate {rate} {seed}"] = mask, [*own, "--lr", rate]
+        todo[f"constant rate 0.01 {seed}"] = "constant rate", own
+    return todo
+
+
 def name_of(kind, rank, rate, scale):
     """The name of a run without its seed."""
     return f"{kind} r{rank} {rate}" + ("" if scale == LORA_SCALE else f", scale {scale}")
@@ -363,6 +417,7 @@ def report(results):
     pairs += [(one, other) for one in ours for other in found
               if other.startswith(("task_lora", *PEFT))]
     pairs += [("Clash, four experts", f"Clash, {row}") for row in CLASH if row != "four experts"]
+    pairs += [("mose 0.01", other) for other in found if other.startswith((*MASKS, "constant rate"))]
     for one, other in pairs:
         both = sorted({*found.get(one, {})} & {*found.get(other, {})})
         gaps = [found[one][s]["op"] - found[other][s]["op"] for s in both]
@@ -473,7 +528,7 @@ def draw_points(axis, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("tiny", "memory", "peft", "clash", "report"))
+    parser.add_argument("what", choices=("tiny", "memory", "peft", "clash", "masks", "report"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     folder = Path("runs/frontier")
@@ -488,6 +543,9 @@ def main():
             if args.what == "clash":
                 run(clash_search())
                 return run(clash_final(folder))
+            if args.what == "masks":
+                run(mask_search())
+                return run(mask_final(folder))
             if args.what == "peft":
                 for kind, (ranks, rates) in PEFT.items():  # SHiRA and VeRA use no scale
                     for rank in ranks:
