@@ -22,8 +22,7 @@ a constant. (3) to (5) are about all entries of the pool:
 
     reads      marks the entries that the task in force reads, and all others count as 0. (The task
                in force is the one that the forward pass applies.)
-    used       marks the entries that finished tasks own, and the others are free. (When a task is
-               forgotten, those that others read stay used.)
+    used       marks the entries that finished tasks own, and the others are free.
     frozen     has the values of the used entries. It is a buffer, so no optimizer holds it.
     weight     is the Parameter with the values of the free entries, which the optimizer changes.
     score      is a Parameter too: a number for each free entry. (4) selects as many entries as the
@@ -34,7 +33,7 @@ a constant. (3) to (5) are about all entries of the pool:
 In (5), grad is the gradient of the loss with respect to an entry of A or B in (3). The choice in
 (4) has no useful gradient. So a score gets the one that it would have as a factor in the place of
 `reads`. A weight gets grad, whether its entry is read or not. When the task ends, it owns the free
-entries that are selected then.
+entries that are selected then. From then on it reads these and what it inherited.
 
 A task without a source inherits all entries of A that were used when it began. Their values are
 stored already, so it takes no more bytes to read them, and they give its own B more input. It reads
@@ -125,7 +124,10 @@ class MoSEConfig:
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         expect(isinstance(targets, (list, tuple, set)),
                f"targets: got {targets!r}, expected names of linear layers")
-        object.__setattr__(self, "targets", tuple(plain_str(name) for name in targets))
+        names = [plain_str(name) for name in targets]
+        if isinstance(targets, set):  # it has no order of its own
+            names.sort()
+        object.__setattr__(self, "targets", tuple(names))
         expect(self.targets, "targets: got none, expected the name of a linear layer")
         for name in ("num_experts", "rank", "top_k", "router_dim", "key_dim"):
             value = getattr(self, name)
@@ -178,8 +180,7 @@ class StraightThrough(torch.autograd.Function):
         # do. But B starts at 0 (as A does where the task reads that of a source). A weight that
         # stayed at 0 would make the gradient of its score 0, so the score could never learn.
         grad_weight = torch.where(used, 0.0, grad)
-        # Used entries can't be selected. Gradients of their scores would only enter the norm by
-        # which a trainer clips all gradients.
+        # Used entries can't be selected, so their scores have nothing to learn.
         grad_score = torch.where(used, 0.0, grad * value)
         return grad_weight, grad_score, None, None, None
 
@@ -264,6 +265,7 @@ class SubExperts(nn.Module):
         if config.fixed_A:
             # Its variance is 1 / (3 D), that of the numbers that `draw` draws for an A that is
             # learned. (But a task reads the whole of a fixed A, and only a part of a learned one.)
+            # Its signs are those of `projection` if E*R is P. That does no harm that we know of.
             fixed_A = fixed_signs(D, width) / math.sqrt(3 * D)
             self.register_buffer("fixed_A", fixed_A.to(zeros), persistent=False)
         self.register_buffer("frozen", zeros.clone(), persistent=False)
@@ -612,6 +614,11 @@ class MoSE:
         sums = self.keys.new_sums()  # over the prompts that are observed, for its key
         self.open, self.open_lineage, self.open_sums = name, lineage, sums
         self.set_task(name)
+        gets_nothing = all(layer.num_new == [0, 0] for layer in self.layers)
+        if gets_nothing and self.config.num_experts == 1:  # then no router can learn either
+            warnings.warn(f"task {name!r} will stay an exact copy of {source!r}: it gets no new "
+                          "entry, and the gate of a single expert is always 1. If it should learn, "
+                          "forget() it, and begin it again with a larger need", stacklevel=2)
 
     def trainable_parameters(self):
         """The open task's Parameters: weights, scores and routers.
@@ -1022,7 +1029,8 @@ class MoSE:
 
         tasks: a list of names, or None for all. Afterwards the bare base is in force. Raises
         ValueError, and leaves the model alone, for a file that is damaged, of another format or
-        made on another base.
+        made on another base. (Weights that differ by some thousandths, as in a copy in bf16, count
+        as the same base.)
         """
         expect(not isinstance(tasks, str), f"tasks: got {tasks!r}, expected a list of names")
         check_model(model)

@@ -255,6 +255,29 @@ def test_a_task_that_could_not_begin_leaves_no_trace(broken, monkeypatch):
     learn(mose, "b")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("need", [0.0, 1.0])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_task_that_can_only_be_a_copy_is_named_when_it_begins(experts, need):
+    mose = learn(attach(num_experts=experts, top_k=1, density=0.1), "a")
+    # Controls: with new entries it can learn, and with two experts its routers can.
+    is_copy = experts == 1 and need == 0.0
+    with pytest.raises(UserWarning, match="copy of 'a'") if is_copy else contextlib.nullcontext():
+        mose.begin_task("b", "a", need)
+    assert mose.open == mose.active == "b"
+    before = snapshot(mose, "b")
+    optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=0.03)
+    for _ in range(3):
+        step(mose.model, optimizer, data("b"))
+    assert torch.equal(snapshot(mose, "b"), before) == is_copy
+
+
+def test_a_set_of_targets_has_an_order():
+    names = ["v_proj", "q_proj", "k_proj", "o_proj"]
+    assert MoSEConfig({*names}).targets == tuple(sorted(names))
+    assert MoSEConfig(names).targets == tuple(names)  # control
+
+
 def test_the_open_task_can_be_dropped_though_a_hook_is_lost(tmp_path):
     mose = learn(learn(attach(), "a"), "b", end=False)
     before = snapshot(mose, "a")
