@@ -291,7 +291,8 @@ class SubExperts(nn.Module):
         These are the entries that the tasks of its lineage own, and the entries of A that were
         used when its root began. The root is the last number of the lineage: the task that started
         as the bare base. Entries that were used then belong to tasks with smaller numbers. No later
-        task has such a number, so this set never grows.
+        task has such a number, so this set never grows. Say the lineage is [5, 2]. Then these are
+        all entries that tasks 5 and 2 own, and those that task 1 owns in A.
 
         For a finished task, this is `reads` of equation (3). For a task that begins and owns
         nothing yet, it is `inherited` of equation (4).
