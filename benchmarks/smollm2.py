@@ -303,6 +303,8 @@ def about_moses(name, runs, methods):
                 f"mose {name.split()[-1]}"]  # of its rate
     if name in ("mose 1e-2", "mose 2e-2"):
         compared.append("mose 4.3e-3")
+    if name == "mose 9.2e-3":
+        compared.append("mose 1e-2")
     for other in compared:
         if other == name:
             continue
