@@ -50,10 +50,10 @@ It was made in fifteen steps, and the rule of each was written before it ran:
     chosen by it. And `lora`, `replay` and `joint` in `long` were of the earlier version too (step
     10). They run again with today's code, and replace the old ones whatever comes out. (Density
     0.0003 has 63.9, `lora` 17.4 and `replay` 63.5. Of `joint`, seed 0 alone ran so far: 96.6.)
-13. The 1e-2 of MoSEs won on `eval` of four tasks (step 3), but `long` had shown `test` of all eight
-    before. Their default, 9.2e-3, was chosen on tiny-llm alone. So `long` has MoSEs with no option but
-    the seed, three seeds: `mose 9.2e-3`. Nothing is chosen by it, and the first table of the README
-    shows it, whatever comes out. `own alone` (a task reads what it owns and nothing else) follows with
+13. The default rate of MoSEs is 9.2e-3, near their 1e-2 of step 3. (It was set after the results of
+    1e-2 were known, also those on `test`.) So `long` has MoSEs with no option but the seed, three
+    seeds: `mose 9.2e-3`. Nothing is chosen by it, and the first table of the README shows it,
+    whatever comes out. `own alone` (a task reads what it owns and nothing else) follows with
     three seeds, too, beside `free A` and `fixed A` of seed 0.
 14. One expert with a fixed A and density 0.02 has the highest score of the first table on tiny-llm.
     `long` has it as well, with the rate of step 6 (2e-2), the scale that one expert has on tiny-llm,
