@@ -49,7 +49,8 @@ whose values have moved most since the start (`moved most`). Rule, written befor
 the best of the three rates that MoSEs had (MASK_RATES; `eval`, seeds 0 and 1), then ten seeds on
 `test`, whatever comes out. If the lowest or the highest rate wins, half of it or twice it follows
 (so 8e-2, then 1.6e-1, and 5e-3 did).
-`constant rate` is MoSEs without the schedule, as in the example of the README: ten seeds.
+`constant rate` is MoSEs without the schedule, with the default rate and with 1e-2, which is about its
+mean: ten seeds.
 """
 
 import argparse
@@ -297,6 +298,7 @@ def mask_final(folder):
             rate = max(rates, key=lambda rate: op(mask, rate))
             todo[f"{mask} 0.01, rate {rate} {seed}"] = mask, [*own, "--lr", rate]
         todo[f"constant rate 0.01 {seed}"] = "constant rate", own
+        todo[f"constant rate 0.01, rate 1e-2 {seed}"] = "constant rate", [*own, "--lr", "1e-2"]
     return todo
 
 
