@@ -445,7 +445,7 @@ def in_bf16(results, rounded, size="bytes_bf16"):
 ON_SMOLLM2 = {
     LORAS[1]: "task_lora r1 1e-2", LORAS[2]: "task_lora r2 1e-2", LORAS[8]: "task_lora",
     "mose 0.0003": "mose .0003 1e-2", "mose 0.001": "mose .001 1e-2", "mose 0.003": "mose .003 1e-2",
-    "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 1e-2", "mose 0.02": "mose .02 1e-2",
+    "mose 0.005": "mose .005 1e-2", "mose 0.01": "mose 9.2e-3", "mose 0.02": "mose .02 1e-2",
     "mose 0.03": "mose .03 1e-2",
     "never trained 0.01": "mose_fixed 1e-2",
     "one expert 0.01": "one expert 1e-2", "fixed A 0.01": "fixed A 1e-2",
