@@ -54,7 +54,7 @@ the prompt, a later task may be found instead.)
     rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
     # (Weight decay would pull weights, scores and routers towards 0.)
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate, weight_decay=0.0)
-    # The rate should fall to 0. (Ours also rises at first, for a twentieth of the steps.)
+    # The rate falls to 0. (Ours also rises at first. A constant one should be half as large.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for ids, labels in batches:                         # labels: -100 on prompt and padding
         model(input_ids=ids, labels=labels).loss.backward()
