@@ -467,7 +467,7 @@ def draw(results, rounded, large, file):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     draw_panel(axes[0], results, "tiny-llm, 1.1M parameters (ten seeds)", (5, 10, 20, 50))
-    draw_panel(axes[1], large, "SmolLM2-135M (three seeds; no bar: one)",
+    draw_panel(axes[1], large, "SmolLM2-135M (two or three seeds; no bar: one)",
                (30, 50, 100, 200, 500, 1000, 2000))
     axes[0].set_ylabel("OP: mean score of eight tasks")
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", fontsize=9)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 import mose
 import train_trace
 from benchmarks import bf16, frontier, smollm2, task_id, transfer
+from examples import two_tasks
 from figures import page as run_page
 from figures import report
 from tracebench.methods import METHODS, RATE_TIMES_ROOT_OF_WIDTH, rate
@@ -63,7 +64,7 @@ def test_the_tables_of_the_readme_are_those_of_the_json(name, start):
     found = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), start)
     rows = rows_of(name)
     shown = {re.search(r"`(.+?)`", first)[1]: cells for first, cells in rows.items()}
-    assert len(rows) <= 21 and {*shown} <= {*found, *smollm2.LONG, *METHODS}
+    assert len(rows) <= 25 and {*shown} <= {*found, *smollm2.LONG, *METHODS}
     for method, (op, bwt, size) in shown.items():
         runs = found.get(method)
         if not runs:
@@ -81,14 +82,15 @@ BOTH = {
     "a LoRA of rank 1 for each task": (frontier.LORAS[1], "task_lora r1 1e-2"),
     "a LoRA of rank 2 for each task": (frontier.LORAS[2], "task_lora r2 1e-2"),
     "a VeRA of rank 256 for each task": ("VeRA r256 1e-1", "VeRA r256 1e-1"),
-    "**MoSEs**, density 0.01 (the default)": ("mose 0.01", "mose 1e-2"),
+    "**MoSEs**, density 0.01 (the default)": ("mose 0.01", "mose 9.2e-3"),
     "MoSEs, density 0.02": ("mose 0.02", "mose .02 1e-2"),
     "MoSEs, one expert": ("one expert 0.01", "one expert 1e-2"),
     "MoSEs, density 0.001": ("mose 0.001", "mose .001 1e-2"),
     "MoSEs, density 0.003": ("mose 0.003", "mose .003 1e-2"),
     "MoSEs, fixed A": ("fixed A 0.01", "fixed A 1e-2"),
     "MoSEs, fixed A, density 0.02": ("fixed A 0.02", "fixed A .02 2e-2"),
-    "MoSEs, one expert, fixed A, density 0.02": ("fixed A, one expert 0.02", None),
+    "MoSEs, one expert, fixed A, density 0.02": ("fixed A, one expert 0.02",
+                                                 "fixed A, one expert .02 2e-2"),
 }
 
 
@@ -100,18 +102,22 @@ def kilobytes(runs):
 def test_the_first_table_of_the_readme_is_that_of_the_json():
     tiny = frontier.groups(json.loads((ROOT / "results/frontier.json").read_text()))
     large = smollm2.of(json.loads((ROOT / "results/smollm2.json").read_text()), "long ")
+    rounded = frontier.groups(json.loads((ROOT / "results/bf16.json").read_text()))
+
+    def in_bf16(name):
+        return statistics.mean(r["bytes_bf16"] / r["tasks"] for r in rounded[name].values()) / 1000
+
     rows = rows_of("both")
     assert {*rows} == {*BOTH}
-    for name, (op, size, *smol) in rows.items():
+    for name, cells in rows.items():
         small, other = BOTH[name]
         runs = tiny[small].values()
-        assert op == report.spread([r["op"] for r in runs])
-        assert size == f"{kilobytes(runs):.1f}"
-        if other:
-            runs = large[other]
-            assert smol == [report.spread([r["op"] for r in runs]), f"{kilobytes(runs):,.0f}"]
-        else:
-            assert smol == ["not measured", "not measured"]
+        expected = [report.spread([r["op"] for r in runs]),
+                    f"{kilobytes(runs):.1f} / {in_bf16(small):.1f}"]
+        runs = large[other]
+        expected += [report.spread([r["op"] for r in runs]),
+                     f"{kilobytes(runs):,.0f} / {in_bf16(f'long {other}'):,.0f}"]
+        assert cells == expected
 
 
 def test_what_the_first_command_gives_is_that_of_the_page_of_its_run():
@@ -232,7 +238,7 @@ def test_numbers_with_a_deviation_stand_in_a_file_of_results():
 def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     block, answering = (text for kind, text in BLOCKS if kind == "python")
     code = [line for line in block.splitlines() if line.strip() and "import" not in line]
-    assert len(code) <= 11
+    assert len(code) <= 14
     monkeypatch.chdir(tmp_path)
     model, tokenizer = train_trace.load_model(Args(device="cpu"))
     tasks = {}
@@ -245,6 +251,21 @@ def test_the_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     exec(answering, scope)  # "To answer"
     assert [*scope["mose"].tasks] == ["x", "y"] and scope["names"] == ["y", "y"]
     assert scope["mose"].active == ["y", "y"] and len(scope["answers"]) == 2
+
+
+def test_the_script_to_start_from_learns_two_tasks_and_forgets_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    two_tasks.main()
+    after_first, *after_last = capsys.readouterr().out.splitlines()
+    shares = [int(re.search(r"(\d+)% right", line)[1]) for line in (after_first, *after_last)]
+    assert len(shares) == 3 and min(shares) > 90
+    model, tokenizer = train_trace.load_model(Args(device="cpu"))
+    mose_of_file = mose.MoSE.load(model, tmp_path / "two_tasks.pt")
+    assert [*mose_of_file.tasks] == two_tasks.TASKS
+    # Control: the bare base can't answer these prompts.
+    monkeypatch.setattr(mose_of_file, "infer_task", lambda input_ids, **_: [None] * len(input_ids))
+    for task in two_tasks.TASKS:
+        assert two_tasks.accuracy(mose_of_file, model, tokenizer, task) < 0.2
 
 
 def test_the_example_by_hand_gives_what_it_says():
