@@ -22,7 +22,8 @@ a constant. (3) to (5) are about all entries of the pool:
 
     reads      marks the entries that the task in force reads, and all others count as 0. (The task
                in force is the one that the forward pass applies.)
-    used       marks the entries that finished tasks own, and the others are free.
+    used       marks the entries that finished tasks own, and the others are free. (When a task is
+               forgotten, those that others read stay used.)
     frozen     has the values of the used entries. It is a buffer, so no optimizer holds it.
     weight     is the Parameter with the values of the free entries, which the optimizer changes.
     score      is a Parameter too: a number for each free entry. (4) selects as many entries as the
@@ -54,7 +55,7 @@ the prompt, a later task may be found instead.)
     rate = 0.22 / model.config.hidden_size ** 0.5       # from our searches: search it on your model
     # (Weight decay would pull weights, scores and routers towards 0.)
     optimizer = torch.optim.AdamW(mose.trainable_parameters(), lr=rate, weight_decay=0.0)
-    # The rate falls to 0. (Ours also rises at first. A constant one should be half as large.)
+    # The rate falls to 0. (Ours also rises at first. Constant, it should be about half of this.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for ids, labels in batches:                         # labels: -100 on prompt and padding
         model(input_ids=ids, labels=labels).loss.backward()

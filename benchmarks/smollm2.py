@@ -9,7 +9,8 @@
     python -m benchmarks.smollm2 report              # results/smollm2.json and .md of all that ran
 
 `search` looks for the rates of LoRAs of rank 1 and 8 and of MoSEs: 100 steps a task, `eval`, seed 0.
-It was made in sixteen steps, and the rule of each was written before it ran:
+It was made in steps, and the rule of each was written before it ran (the last steps are about `long`
+and `steps`):
 
 1. Rank 1 on C-STANCE and NumGLUE-ds, rates 3e-3 and 1e-2; the larger mean wins. 3e-3 won, the lower
    one, so 1e-3 was added. `long` ran with 3e-3.

@@ -34,7 +34,8 @@ def prompts_of(examples, tokenizer):
     """The prompts without their answers: input_ids and attention_mask (B, T), padded on the left, so
     that all answers begin at the same position."""
     texts = [example["prompt"] for example in examples]
-    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}  # some have more
 
 
 def batch_of(examples, tokenizer):
@@ -84,6 +85,8 @@ def main():
     random.seed(0)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
+    if tokenizer.pad_token is None:  # some have none; padding is masked everywhere
+        tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(BASE)
     mose = MoSE(model)
     for task in TASKS:
