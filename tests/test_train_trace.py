@@ -725,6 +725,7 @@ def test_a_wrong_flag_ends_with_a_message(argv, capsys):
     (lambda args: torch.zeros(2) @ torch.zeros(3), None, None),  # control: no error of the user
 ])
 def test_an_error_of_the_user_is_one_message(fault, message, has_traceback, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train_trace, "parse", lambda: None)
     monkeypatch.setattr(train_trace, "main", fault)
