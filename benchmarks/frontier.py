@@ -265,14 +265,19 @@ def clash_search():
             for rate in CLASH_RATES for seed in (0, 1)}
 
 
-def clash_final(folder):
-    """The runs of Clash on `test`, each row with its best rate, seed by seed."""
-    def op(row, rate):
+def best_rate(folder, name, rates):
+    """The rate with which the searches of this name have the largest OP (mean of seeds 0 and 1)."""
+    def op(rate):
         files = [file for seed in (0, 1)
-                 for file in (folder / f"search Clash, {row}, {rate} {seed}").glob("mose*.json")]
+                 for file in (folder / f"search {name} {rate} {seed}").glob("mose*.json")]
         return statistics.mean(json.loads(file.read_text())["op"] for file in files)
 
-    rates = {row: max(CLASH_RATES, key=lambda rate: op(row.removesuffix(" again"), rate))
+    return max(rates, key=op)
+
+
+def clash_final(folder):
+    """The runs of Clash on `test`, each row with its best rate, seed by seed."""
+    rates = {row: best_rate(folder, f"Clash, {row.removesuffix(' again')},", CLASH_RATES)
              for row in CLASH}
     return {f"Clash, {row} {seed}": clash(row, rate, seed, "test")
             for seed in SEEDS for row, rate in rates.items()}
@@ -287,15 +292,12 @@ def mask_search():
 
 def mask_final(folder):
     """The runs with these masks on `test`, each with its best rate, and those of a constant rate."""
-    def op(mask, rate):
-        files = [folder / f"search {mask} 0.01, rate {rate} {seed}/mose.json" for seed in (0, 1)]
-        return statistics.mean(json.loads(file.read_text())["op"] for file in files)
-
+    best_rates = {mask: best_rate(folder, f"{mask} 0.01, rate", rates)
+                  for mask, rates in MASK_RATES.items()}
     todo = {}
     for seed in SEEDS:
         own = ["--test", "ends", "--seeds", str(seed), "--methods", "mose"]
-        for mask, rates in MASK_RATES.items():
-            rate = max(rates, key=lambda rate: op(mask, rate))
+        for mask, rate in best_rates.items():
             todo[f"{mask} 0.01, rate {rate} {seed}"] = mask, [*own, "--lr", rate]
         todo[f"constant rate 0.01 {seed}"] = "constant rate", own
         todo[f"constant rate 0.01, rate 1e-2 {seed}"] = "constant rate", [*own, "--lr", "1e-2"]
